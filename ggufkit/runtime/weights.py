@@ -1,0 +1,100 @@
+"""Dequantized tensors on demand, for engines that compute in floats."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggufkit import quants
+from ggufkit.container import GGUF
+from ggufkit.errors import UsageError
+from ggufkit.runtime.engine import Edit, apply_edits
+
+Floats = NDArray[np.float32]
+
+#: models up to this many bytes of float32 are kept once dequantized
+KEEP_BYTES = 6 << 30
+
+
+class Weights:
+    """The tensors of an opened file as float32 arrays of NumPy shape.
+
+    Args:
+        gguf: stays open as long as this is used.
+        keep: keep what was dequantized; by default when the whole model stays below `KEEP_BYTES`.
+    """
+
+    def __init__(self, gguf: GGUF, *, keep: bool | None = None) -> None:
+        self.gguf = gguf
+        total = 4 * sum(tensor.n_elements for tensor in gguf.tensors.values())
+        self._keep = total <= KEEP_BYTES if keep is None else keep
+        self._kept: dict[str, Floats] = {}
+        self._edits: dict[str, list[Edit]] = defaultdict(list)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.gguf.tensors
+
+    def __getitem__(self, name: str) -> Floats:
+        """The whole tensor, float32."""
+        if name in self._kept:
+            return self._kept[name]
+        tensor = self.gguf.tensor(name)
+        values = self._decode(name, 0, tensor.n_rows).reshape(tensor.shape)
+        if self._keep:
+            self._kept[name] = values
+        return values
+
+    def rows(self, name: str, ids: Sequence[int]) -> Floats:
+        """Some rows of a matrix, float32 [len(ids), in_features], without dequantizing the rest."""
+        if name in self._kept:
+            return self._kept[name][np.asarray(ids)]
+        tensor = self.gguf.tensor(name)
+        unique, places = np.unique(np.asarray(ids), return_inverse=True)
+        table = np.concatenate([self._decode(name, int(row), 1) for row in unique])
+        return table.reshape(len(unique), tensor.dims[0])[places]
+
+    @contextmanager
+    def patched(self, edits: Iterable[Edit]) -> Iterator[None]:
+        """With some packed bytes replaced; see `Engine.patched`.
+
+        Raises:
+            UsageError: an edit names no tensor of the file or leaves it.
+        """
+        before = {name: list(known) for name, known in self._edits.items()}
+        added = list(edits)
+        for edit in added:
+            tensor = self.gguf.tensor(edit.tensor)
+            if edit.start < 0 or edit.start + len(edit.data) > (tensor.nbytes or 0):
+                raise UsageError(f"an edit of {len(edit.data)} bytes at {edit.start} leaves {edit.tensor}")
+        aside = {edit.tensor: self._kept.pop(edit.tensor, None) for edit in added}
+        for edit in added:
+            self._edits[edit.tensor].append(edit)
+        try:
+            yield
+        finally:
+            self._edits = defaultdict(list, before)
+            for name, values in aside.items():
+                self._kept.pop(name, None)
+                if values is not None:
+                    self._kept[name] = values
+
+    def _decode(self, name: str, first_row: int, n_rows: int) -> Floats:
+        tensor = self.gguf.tensor(name)
+        row_bytes = (tensor.nbytes or 0) // max(tensor.n_rows, 1)
+        start, count = first_row * row_bytes, n_rows * row_bytes
+        raw = self.gguf.read(tensor, start, count)
+        apply_edits(raw, _within(self._edits[name], start, count))
+        assert tensor.type is not None  # read() has refused unknown types
+        return quants.dequantize(tensor.type, raw, byteorder=self.gguf.byteorder)
+
+
+def _within(edits: Iterable[Edit], start: int, count: int) -> Iterator[Edit]:
+    """The parts of the edits that fall into bytes [start, start + count), relative to `start`."""
+    for edit in edits:
+        low, high = max(edit.start, start), min(edit.start + len(edit.data), start + count)
+        if low < high:
+            yield Edit(edit.tensor, low - start, edit.data[low - edit.start : high - edit.start])
