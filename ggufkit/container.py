@@ -322,7 +322,7 @@ class GGUF:
 
     def _outside(self, tensor: Tensor, nbytes: int, source: Source) -> FormatError:
         return FormatError(
-            f"the data of tensor {tensor.name!r} ({nbytes:,} bytes) leaves the file, which ends at byte {source.size:,}",
+            f"tensor {tensor.name!r} ({nbytes:,} bytes) leaves the file, which ends at byte {source.size:,}",
             path=source.name,
             offset=tensor.offset,
             help="the download was cut short, or the file is damaged: fetch it again",

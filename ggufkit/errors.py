@@ -29,7 +29,7 @@ class GgufkitError(Exception):
         path: str | None = None,
         offset: int | None = None,
         expected: str | None = None,
-        help: str | None = None,  # the field's name in every report
+        help: str | None = None,  # noqa: A002 - the field's name in every report
     ) -> None:
         super().__init__(message)
         self.message = message

@@ -147,7 +147,7 @@ def _open_shard(
         problems.append(Problem(kind, f"part {number + 1} of {count}: {error}", shard=number))
 
 
-class _Stop(Exception):  # noqa: N818 - control flow, never leaves this module
+class _Stop(Exception):
     """The rest of the header cannot be read; carries why."""
 
     def __init__(self, problem: Problem) -> None:
@@ -502,7 +502,7 @@ class _Parser:
             return None
         nbytes = elements // type_.block_size * type_.type_size
         if max(elements, nbytes) > _SIGNED_MAX:
-            message = f"tensor {name!r} of shape {list(dims[::-1])} would have {elements:,} elements in {nbytes:,} bytes"
+            message = f"tensor {name!r} of shape {list(dims[::-1])} would have {elements:,} elements, {nbytes:,} bytes"
             self._report("shape-too-large", message, offset, tensor=name)
             return None
         return nbytes

@@ -288,7 +288,9 @@ class ReferenceEngine:
     def new_cache(self, n_ctx: int) -> ArrayCache:
         return ArrayCache(self.config, n_ctx, self.dtype)
 
-    def forward(self, ids: Sequence[int], cache: ArrayCache, *, logits: Which = "last", tap: Tap | None = None) -> Logits:
+    def forward(
+        self, ids: Sequence[int], cache: ArrayCache, *, logits: Which = "last", tap: Tap | None = None
+    ) -> Logits:
         check_ids(ids, cache, self.config)
         positions = np.arange(cache.length, cache.length + len(ids))
         state = State(self.config, self.weights, cache, ids, positions, self.dtype)
