@@ -23,11 +23,11 @@ __all__ = ["BY_NAME", "REMOVED", "TYPES", "QuantType", "Unpacked", "Word", "dequ
 
 
 class Word(NamedTuple):
-    """`count` words of `width` bytes, from byte `offset` of a block: what a big-endian file stores swapped."""
+    """`times` words of `width` bytes, from byte `offset` of a block: what a big-endian file stores swapped."""
 
     offset: int
     width: int
-    count: int = 1
+    times: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +76,12 @@ class QuantType:
         return self.name
 
 
-def _number(id: int, name: str, kind: Literal["float", "int"], size: int) -> QuantType:
-    return QuantType(id, name, 1, size, kind, words=(Word(0, size),) if size > 1 else ())
+def _number(type_id: int, name: str, kind: Literal["float", "int"], size: int) -> QuantType:
+    return QuantType(type_id, name, 1, size, kind, words=(Word(0, size),) if size > 1 else ())
 
 
 def _block(
-    id: int,
+    type_id: int,
     name: str,
     block_size: int,
     type_size: int,
@@ -93,9 +93,8 @@ def _block(
 ) -> QuantType:
     """A block type; its f16 fields `d` and `dmin` are words too."""
     halves = tuple(Word(at, 2) for at in (d, dmin) if at is not None)
-    return QuantType(
-        id, name, block_size, type_size, group=group, has_min=dmin is not None, d=d, dmin=dmin, words=halves + words
-    )
+    has_min = dmin is not None
+    return QuantType(type_id, name, block_size, type_size, "block", group, has_min, d, dmin, halves + words)
 
 
 _ROWS = (
@@ -154,7 +153,7 @@ REMOVED: dict[int, str] = {
     31: "Q4_0_4_4, Q4_0 repacked for ARM by llama-quantize in 2024; llama.cpp now repacks Q4_0 while loading",
     32: "Q4_0_4_8, Q4_0 repacked for ARM by llama-quantize in 2024; llama.cpp now repacks Q4_0 while loading",
     33: "Q4_0_8_8, Q4_0 repacked for ARM by llama-quantize in 2024; llama.cpp now repacks Q4_0 while loading",
-    36: "IQ4_NL_4_4, an interleaved IQ4_NL of 2024 (BitNet's i2_s fork uses the id too)",
+    36: "IQ4_NL_4_4, an interleaved IQ4_NL of 2024; the BitNet fork stores its I2_S under this id",
     37: "IQ4_NL_4_8, an interleaved IQ4_NL of 2024",
     38: "IQ4_NL_8_8, an interleaved IQ4_NL of 2024",
 }
@@ -174,11 +173,11 @@ class Unpacked(NamedTuple):
     mins: npt.NDArray[np.float32] | None
 
 
-def unpack(type: QuantType, raw: npt.NDArray[np.uint8], byteorder: str = "little") -> Unpacked:
+def unpack(qtype: QuantType, raw: npt.NDArray[np.uint8], byteorder: str = "little") -> Unpacked:
     """Take blocks apart into codes, scales and mins.
 
     Args:
-        type: a block type.
+        qtype: a block type.
         raw: uint8 [..., bytes of a row], a whole number of blocks in the last axis.
         byteorder: that of the file, "little" or "big".
 
@@ -188,11 +187,11 @@ def unpack(type: QuantType, raw: npt.NDArray[np.uint8], byteorder: str = "little
     """
     from ggufkit.quants import codecs
 
-    return codecs.unpack(type, raw, byteorder)
+    return codecs.unpack(qtype, raw, byteorder)
 
 
 def dequantize(
-    type: QuantType,
+    qtype: QuantType,
     raw: npt.NDArray[np.uint8],
     *,
     byteorder: str = "little",
@@ -201,7 +200,7 @@ def dequantize(
     """The float32 values of raw blocks or plain numbers, equal to the last bit to ggml's and gguf-py's.
 
     Args:
-        type: any decodable type.
+        qtype: any decodable type.
         raw: uint8 [..., bytes of a row].
         byteorder: that of the file, "little" or "big".
         out: float32 [..., elements of a row], C-contiguous, to write into.
@@ -215,10 +214,10 @@ def dequantize(
     """
     from ggufkit.quants import codecs
 
-    return codecs.dequantize(type, raw, byteorder=byteorder, out=out)
+    return codecs.dequantize(qtype, raw, byteorder=byteorder, out=out)
 
 
-def to_little(type: QuantType, raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def to_little(qtype: QuantType, raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """A copy of big-endian blocks with every multi-byte field in little-endian order; the shape is kept.
 
     Upstream's converter defines the order for the plain floats, Q4_0, Q8_0, Q4_K, Q6_K and the fp4 types: the
@@ -227,4 +226,4 @@ def to_little(type: QuantType, raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.uin
     """
     from ggufkit.quants import codecs
 
-    return codecs.to_little(type, raw)
+    return codecs.to_little(qtype, raw)
