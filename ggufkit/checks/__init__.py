@@ -1,0 +1,151 @@
+"""All rules over one file: `run` gives the report. The rules live in one file a family, and never print.
+
+Nothing is opened that the selected rules do not need: without a numeric rule no tensor is read. What could not be
+checked is said in the report, with the reason, and a rule that fails makes an incomplete report, never a clean one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+from ggufkit import reader
+from ggufkit.checks import rule as registry
+from ggufkit.checks import structure  # noqa: F401 - the families register their rules
+from ggufkit.checks.context import Context, Measure, Progress
+from ggufkit.checks.facts import describe
+from ggufkit.checks.rule import FAMILIES, PROFILES, RULES, Found, Need, Profile, Rule
+from ggufkit.errors import FormatError, GgufkitError, NewerThanTool, NotGGUF
+from ggufkit.findings import Finding, Report, Skipped
+
+__all__ = ["FAMILIES", "PROFILES", "RULES", "Context", "Found", "Need", "Profile", "Rule", "examine", "explain", "run"]
+
+#: more findings of one rule than this are counted, not listed
+MAX_PER_RULE = 50
+
+#: what opening can end with → the rule that documents it
+_UNOPENED: dict[type[GgufkitError], str] = {NotGGUF: "S001", FormatError: "S002", NewerThanTool: "S003"}
+
+
+def run(
+    source: str | os.PathLike[str],
+    *,
+    select: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    profile: Profile = "llama.cpp",
+    jobs: int | None = None,
+    progress: Progress | None = None,
+    measure: Measure | None = None,
+) -> Report:
+    """Check one file, or the split set that it is a part of, without running the model.
+
+    Args:
+        source: the path.
+        select, ignore: rules by code (`S201`), beginning of a code (`N`) or name; all when `select` is empty.
+        profile: whose reading of the format decides severities where parsers disagree.
+        jobs: threads that measure tensors; by default one a core.
+        progress: called as `progress(bytes_done, bytes_in_all)` while tensors are measured.
+        measure: measures a tensor; by default `stats.measure` on the CPU.
+
+    Returns:
+        The report. A file that is no GGUF, too damaged to open or of a newer version is a report as well.
+
+    Raises:
+        SourceError: the path does not exist or cannot be read.
+        UsageError: `select` or `ignore` names no rule.
+    """
+    rules = registry.select(select, ignore)
+    try:
+        gguf = reader.open(source)
+    except tuple(_UNOPENED) as error:
+        return _unopened(os.fspath(source), error, profile)
+    with gguf:
+        context = Context(gguf, profile, jobs=jobs, progress=progress, measure=measure)
+        return examine(context, rules, source=os.fspath(source))
+
+
+def examine(context: Context, rules: Iterable[Rule], *, source: str | None = None) -> Report:
+    """Apply `rules` to a file that is open already; `source` is what the report calls it."""
+    findings: list[Finding] = []
+    lacking: dict[str, list[str]] = {}
+    failed: list[Skipped] = []
+    ran = 0
+    for rule in rules:
+        reason = next(filter(None, map(context.lacks, rule.needs)), None)
+        if reason is not None:
+            lacking.setdefault(reason, []).append(rule.code)
+            continue
+        try:
+            findings += _findings(rule, context)
+            ran += 1
+        except Exception as error:  # a bug in a rule must not cost the user the rest of the report
+            failed.append(Skipped(rule.code, f"the rule itself failed: {_named(error)}", asked=True))
+    if not_selected := len(RULES) - ran - len(failed) - sum(map(len, lacking.values())):
+        lacking["not selected"] = [f"{not_selected} rules"]
+    skipped = [Skipped(", ".join(codes), reason) for reason, codes in lacking.items()]
+    return Report(
+        source=source or str(context.gguf.path),
+        findings=tuple(sorted(findings, key=lambda finding: -finding.severity.rank)),
+        tensors_checked=len(context.stats) if context.was_measured else 0,
+        tensors=len(context.gguf.tensors),
+        rules_run=ran,
+        rules=len(RULES),
+        skipped=(*failed, *_unread(context), *skipped),
+        facts=describe(context.gguf),
+    )
+
+
+def explain(code: str) -> Rule:
+    """The rule with this code or name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for rule in RULES.values():
+        if code.upper() == rule.code or code.lower() == rule.name:
+            return rule
+    raise registry.no_rule(code)
+
+
+def _findings(rule: Rule, context: Context) -> list[Finding]:
+    """What one rule finds; beyond MAX_PER_RULE the rest is counted in one more finding."""
+    found = iter(rule.check(context))
+    findings = [rule.finding(one, context.profile) for one in islice(found, MAX_PER_RULE)]
+    if more := sum(1 for _ in found):
+        rest = Found(f"and {more:,} more of the same kind", severity=findings[-1].severity)
+        findings.append(rule.finding(rest, context.profile))
+    return findings
+
+
+def _named(error: Exception) -> str:
+    return str(error) if isinstance(error, GgufkitError) else f"{type(error).__name__}: {error}"
+
+
+def _unread(context: Context) -> Iterable[Skipped]:
+    """The tensors whose data was not looked at, by reason."""
+    if not context.was_measured:
+        if context.gguf.tensors:
+            yield Skipped(f"the data of {len(context.gguf.tensors)} tensors", "no rule that reads it was run")
+        return
+    for name, error in islice(context.unmeasured.items(), MAX_PER_RULE):
+        newer = isinstance(error, NewerThanTool)
+        asked = not isinstance(error, FormatError)  # a tensor outside the file is a finding of its own
+        yield Skipped(f"tensor {name}", error.message, asked=asked, newer=newer)
+
+
+def _unopened(source: str, error: GgufkitError, profile: Profile) -> Report:
+    """The report on a file that could not be opened."""
+    code = next(code for kind, code in _UNOPENED.items() if isinstance(error, kind))
+    found = Found(
+        error.message + (f"; expected {error.expected}" if error.expected else ""), offset=error.offset, help=error.help
+    )
+    newer = isinstance(error, NewerThanTool)
+    return Report(
+        source=source,
+        findings=(RULES[code].finding(found, profile),),
+        rules_run=1,
+        rules=len(RULES),
+        skipped=(Skipped(f"{len(RULES) - 1} rules", "the file could not be opened", newer=newer),),
+        not_gguf=isinstance(error, NotGGUF),
+    )

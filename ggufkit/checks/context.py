@@ -1,0 +1,213 @@
+"""What a rule is given: the opened file, and everything derived from it, each thing computed once and when first
+asked for. Nothing here judges; what could not be had says why (`Context.lacks`), so that no rule is silently
+left out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from ggufkit import arch
+from ggufkit.checks.rule import Found, Need, Profile
+from ggufkit.container import GGUF, Tensor, ValueType
+from ggufkit.errors import GgufkitError
+
+if TYPE_CHECKING:
+    from ggufkit.stats import TensorStats
+
+#: called with the bytes measured so far and the bytes in all
+Progress = Callable[[int, int], None]
+#: measures one tensor; `ggufkit.stats.measure` unless another engine (a GPU) is given
+Measure = Callable[[GGUF, Tensor], "TensorStats"]
+
+#: values of general.type, and architectures, that are no language model by themselves
+_OTHER_TYPES = frozenset({"adapter", "mmproj", "imatrix", "projector"})
+_OTHER_ARCHITECTURES = frozenset({"clip", "controlvector", "imatrix"})
+
+
+class Context:
+    """One opened file as the rules see it.
+
+    Attributes:
+        gguf: the file or split set.
+        profile: whose reading decides where parsers disagree.
+    """
+
+    def __init__(
+        self,
+        gguf: GGUF,
+        profile: Profile = "llama.cpp",
+        *,
+        jobs: int | None = None,
+        progress: Progress | None = None,
+        measure: Measure | None = None,
+    ) -> None:
+        self.gguf = gguf
+        self.profile = profile
+        self.unmeasured: dict[str, GgufkitError] = {}
+        self._jobs = jobs or min(8, os.cpu_count() or 1)
+        self._progress = progress
+        self._measure = measure
+
+    def lacks(self, need: Need) -> str | None:
+        """Why a rule with this need has nothing to look at; None when it has."""
+        return _LACKS[need](self)
+
+    def problems(self, *kinds: str) -> Iterator[Found]:
+        """What the reader reported of these kinds."""
+        for problem in self.gguf.problems:
+            if problem.kind in kinds:
+                in_set = len(self.gguf.shards) > 1 and not problem.kind.startswith("shard-")
+                where = f"{self.gguf.shards[problem.shard].source.path.name}: " if in_set else ""
+                yield Found(where + problem.message, problem.tensor, problem.key, offset=problem.offset)
+
+    # -- metadata ---------------------------------------------------------------------------------------------
+
+    @property
+    def architecture(self) -> str | None:
+        return self.gguf.architecture
+
+    @cached_property
+    def is_model(self) -> bool:
+        """Whether this looks like a language model with weights: not an adapter, a projector, a vocabulary alone."""
+        if self.text("general.type") in _OTHER_TYPES or self.architecture in _OTHER_ARCHITECTURES:
+            return False
+        return bool(self.gguf.tensors) and (
+            self.architecture is not None or any(name.startswith("blk.") for name in self.gguf.tensors)
+        )
+
+    def arch_key(self, key: str) -> str:
+        """`context_length` → `qwen2.context_length`."""
+        return f"{self.architecture}.{key}"
+
+    def integer(self, key: str) -> int | None:
+        """The value of a key when it is an integer."""
+        value = self.scalar(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def number(self, key: str) -> float | None:
+        """The value of a key when it is an integer or a float."""
+        value = self.scalar(key)
+        return None if value is None or isinstance(value, bool) else float(value)
+
+    def flag(self, key: str) -> bool | None:
+        """The value of a key when it is a bool."""
+        value = self.scalar(key)
+        return value if isinstance(value, bool) else None
+
+    def text(self, key: str) -> str | None:
+        """The value of a key when it is a string."""
+        field = self.gguf.fields.get(key)
+        return str(self.gguf.metadata[key]) if field and field.type is ValueType.STRING else None
+
+    def scalar(self, key: str) -> int | float | bool | None:
+        field = self.gguf.fields.get(key)
+        return field.scalar if field else None
+
+    def place(self, key: str) -> int | None:
+        """The byte offset of a key's value."""
+        field = self.gguf.fields.get(key)
+        return field.value_offset if field else None
+
+    # -- derived ----------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> arch.Config | None:
+        """The hyperparameters, when the architecture is modelled and they are consistent."""
+        return self._config_or_error if isinstance(self._config_or_error, arch.Config) else None
+
+    @property
+    def config_error(self) -> GgufkitError | None:
+        """Why there is no config."""
+        return self._config_or_error if isinstance(self._config_or_error, GgufkitError) else None
+
+    @cached_property
+    def _config_or_error(self) -> arch.Config | GgufkitError:
+        try:
+            return arch.read_config(self.gguf)
+        except GgufkitError as error:
+            return error
+
+    @property
+    def was_measured(self) -> bool:
+        """Whether a rule asked for `stats`."""
+        return "stats" in self.__dict__
+
+    @cached_property
+    def stats(self) -> Mapping[str, TensorStats]:
+        """The statistics of every tensor that could be read, by name, in the file's order.
+
+        Computed in one pass when first asked for; `unmeasured` then says which tensors are missing, and why.
+        """
+        measure = self._measure or _measure
+        tensors = list(self.gguf.tensors.values())
+        total = sum(tensor.nbytes or 0 for tensor in tensors)
+        results: dict[str, TensorStats] = {}
+        done = 0
+
+        def one(tensor: Tensor) -> TensorStats | GgufkitError:
+            try:
+                return measure(self.gguf, tensor)
+            except GgufkitError as error:
+                return error
+
+        with ThreadPoolExecutor(self._jobs) as pool:
+            for tensor, result in zip(tensors, pool.map(one, tensors), strict=True):
+                if isinstance(result, GgufkitError):
+                    self.unmeasured[tensor.name] = result
+                else:
+                    results[tensor.name] = result
+                done += tensor.nbytes or 0
+                if self._progress:
+                    self._progress(done, total)
+        return results
+
+
+def _measure(gguf: GGUF, tensor: Tensor) -> TensorStats:
+    from ggufkit import stats
+
+    return stats.measure(gguf, tensor)
+
+
+def _no_header(context: Context) -> str | None:
+    return None if context.gguf.complete else "the header breaks off"
+
+
+def _no_tensors(context: Context) -> str | None:
+    return _no_header(context) or (None if context.gguf.tensors else "the file has no tensors")
+
+
+def _no_model(context: Context) -> str | None:
+    reason = _no_tensors(context)
+    return reason or (None if context.is_model else "the file is no language model")
+
+
+def _no_config(context: Context) -> str | None:
+    reason = _no_model(context)
+    return reason or (str(context.config_error.message) if context.config_error else None)
+
+
+def _no_vocabulary(context: Context) -> str | None:
+    field = context.gguf.fields.get("tokenizer.ggml.tokens")
+    if field is not None and field.element_type is ValueType.STRING:
+        return None
+    return "the file has no vocabulary"
+
+
+def _no_template(context: Context) -> str | None:
+    return None if context.text("tokenizer.chat_template") is not None else "the file has no chat template"
+
+
+_LACKS: dict[Need, Callable[[Context], str | None]] = {
+    Need.HEADER: _no_header,
+    Need.TENSORS: _no_tensors,
+    Need.MODEL: _no_model,
+    Need.CONFIG: _no_config,
+    Need.VOCABULARY: _no_vocabulary,
+    Need.TEMPLATE: _no_template,
+    Need.DATA: _no_tensors,
+}
