@@ -59,6 +59,10 @@ class State:
         """The first of these steps that this architecture has."""
         return next(self.made[step] for step in steps if step in self.made)
 
+    def number(self, value: float) -> Array:
+        """A scalar in the precision of the pass."""
+        return np.asarray(value, self.dtype)
+
     def weight(self, role: str) -> Array:
         """A tensor of the current layer (`attn_q.weight`), or one outside the layers."""
         return self.weights[role if self.layer is None else f"blk.{self.layer}.{role}"]
@@ -164,12 +168,12 @@ def k_rope(s: State) -> Array:
 
 def keys(s: State) -> Array:
     """Store the rotated keys at their positions; all keys so far, [S, K, D]."""
-    return _stored(s.cache.k[s.layer or 0], s.positions, s["k_rope"])
+    return stored(s.cache.k[s.layer or 0], s.positions, s["k_rope"])
 
 
 def values(s: State) -> Array:
     """Store the values at their positions; all values so far, [S, K, D]."""
-    return _stored(s.cache.v[s.layer or 0], s.positions, heads(s.latest("v_bias", "v_proj"), s.config.head_dim))
+    return stored(s.cache.v[s.layer or 0], s.positions, heads(s.latest("v_bias", "v_proj"), s.config.head_dim))
 
 
 def kq(s: State) -> Array:
@@ -229,7 +233,8 @@ def result_output(s: State) -> Array:
     return matmul(s["result_norm"], s.weight("token_embd.weight" if s.config.tied else "output.weight"))
 
 
-def _stored(kept: Array, positions: Array, new: Array) -> Array:
+def stored(kept: Array, positions: Array, new: Array) -> Array:
+    """Write `new` [T, K, D] at its positions; everything up to the last of them, [S, K, D]."""
     kept[positions] = new
     return kept[: positions[-1] + 1]
 

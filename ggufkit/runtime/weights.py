@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggufkit import quants
-from ggufkit.container import GGUF
+from ggufkit.container import GGUF, Tensor
 from ggufkit.errors import UsageError
 from ggufkit.runtime.engine import Edit, apply_edits
 
@@ -56,6 +56,13 @@ class Weights:
         unique, places = np.unique(np.asarray(ids), return_inverse=True)
         table = np.concatenate([self._decode(name, int(row), 1) for row in unique])
         return table.reshape(len(unique), tensor.dims[0])[places]
+
+    def packed(self, name: str) -> tuple[Tensor, NDArray[np.uint8]]:
+        """A tensor's entry and its packed bytes as they are run, uint8 [rows, bytes of a row]."""
+        tensor = self.gguf.tensor(name)
+        raw = self.gguf.read(tensor)
+        apply_edits(raw, self._edits.get(name, ()))
+        return tensor, raw.reshape(max(tensor.n_rows, 1), -1)
 
     @contextmanager
     def patched(self, edits: Iterable[Edit]) -> Iterator[None]:
