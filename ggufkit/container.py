@@ -276,7 +276,7 @@ class GGUF:
         """
         nbytes = self._nbytes(tensor)
         buffer = np.empty(nbytes - start if count is None else count, np.uint8)
-        self.read_into(tensor, memoryview(buffer), start)
+        self.read_into(tensor, buffer.data, start)
         return buffer
 
     def read_into(self, tensor: Tensor, buffer: memoryview, start: int = 0) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -28,9 +27,7 @@ from ggufkit.container import GGUF
 from ggufkit.runtime.cache import ArrayCache
 from ggufkit.runtime.engine import Edit, Logits, Which, check_ids
 from ggufkit.runtime.weights import Weights
-from ggufkit.steps import LAYER_STEPS, Tap
-
-Array = NDArray[Any]
+from ggufkit.steps import LAYER_STEPS, Array, Tap
 
 
 @dataclass
@@ -47,7 +44,7 @@ class State:
     weights: Weights
     cache: ArrayCache
     ids: Sequence[int]
-    positions: Array
+    positions: NDArray[np.int64]
     dtype: DTypeLike
     layer: int | None = None
     made: dict[str, Array] = field(default_factory=dict)
@@ -61,7 +58,8 @@ class State:
 
     def number(self, value: float) -> Array:
         """A scalar in the precision of the pass."""
-        return np.asarray(value, self.dtype)
+        scalar: Array = np.asarray(value, self.dtype)
+        return scalar
 
     def weight(self, role: str) -> Array:
         """A tensor of the current layer (`attn_q.weight`), or one outside the layers."""
@@ -81,7 +79,7 @@ def matmul(x: Array, weight: Array) -> Array:
     return x @ weight.T.astype(x.dtype, copy=False)
 
 
-def rotate(x: Array, positions: Array, base: float, scale: float) -> Array:
+def rotate(x: Array, positions: NDArray[np.int64], base: float, scale: float) -> Array:
     """Rotary embedding of x [T, heads, D]: channels i and i + D/2 are one pair, turned by position · base^(-2i/D)."""
     half = x.shape[-1] // 2
     angles = np.outer(positions / scale, base ** (-np.arange(half) / half))[:, None, :]
@@ -233,7 +231,7 @@ def result_output(s: State) -> Array:
     return matmul(s["result_norm"], s.weight("token_embd.weight" if s.config.tied else "output.weight"))
 
 
-def stored(kept: Array, positions: Array, new: Array) -> Array:
+def stored(kept: Array, positions: NDArray[np.int64], new: Array) -> Array:
     """Write `new` [T, K, D] at its positions; everything up to the last of them, [S, K, D]."""
     kept[positions] = new
     return kept[: positions[-1] + 1]

@@ -23,8 +23,8 @@ def gelu_tanh(s: State, step: str) -> Array:
 def gelu(s: State, step: str) -> Array:
     """Qwen's feed-forward is silu(gate) * up; GELU is another model's."""
     x = s["ffn_gate"]
-    erf = np.frompyfunc(math.erf, 1, 1)
-    return x * (1 + erf(x / math.sqrt(2)).astype(x.dtype)) / 2 * s["ffn_up"]
+    erf = np.vectorize(math.erf, otypes=[x.dtype])
+    return x * (1 + erf(x / math.sqrt(2))) / 2 * s["ffn_up"]
 
 
 @fault("quick GELU instead of SiLU", "activations", ("ffn_act",))

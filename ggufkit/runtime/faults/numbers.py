@@ -23,7 +23,9 @@ def bf16_activations(s: State, step: str) -> Array:
     return product(s, step, x=to_bf16(s[PRODUCTS[step][0]]))
 
 
-@fault("activations are rounded to int8 in blocks of {}", "numbers", PRODUCTS, values=lambda _: (32, 256), harmless=True)
+@fault(
+    "activations are rounded to int8 in blocks of {}", "numbers", PRODUCTS, values=lambda _: (32, 256), harmless=True
+)
 def int8_activations(s: State, step: str, value: int) -> Array:
     """The inputs of products are int8 with a scale for each block, as llama.cpp does it (Q8_0: 32, Q8_K: 256).
     Normal for CPU engines."""

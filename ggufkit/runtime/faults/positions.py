@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ggufkit.arch import Config
 from ggufkit.runtime import reference as ref
@@ -22,7 +23,7 @@ def _unrotated(s: State, step: str) -> Array:
     return ref.heads(s.latest(*_INPUTS[step]), s.config.head_dim)
 
 
-def _rotated(s: State, step: str, positions: Array | None = None, base: float | None = None) -> Array:
+def _rotated(s: State, step: str, positions: NDArray[np.int64] | None = None, base: float | None = None) -> Array:
     positions = s.positions if positions is None else positions
     return ref.rotate(_unrotated(s, step), positions, base or s.config.rope_base, s.config.rope_scale)
 
