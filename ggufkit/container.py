@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Literal, Self
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ggufkit.errors import FormatError, NewerThanTool, UsageError
 from ggufkit.quants import QuantType
 from ggufkit.source import Source
+
+if TYPE_CHECKING:  # `inspect` needs no NumPy: it is loaded by whoever asks for an array
+    import numpy as np
 
 ByteOrder = Literal["little", "big"]
 
@@ -274,6 +275,8 @@ class GGUF:
             NewerThanTool: the tensor's type is not known.
             FormatError: the range leaves the tensor, or the file ends before it.
         """
+        import numpy as np
+
         nbytes = self._nbytes(tensor)
         buffer = np.empty(nbytes - start if count is None else count, np.uint8)
         self.read_into(tensor, buffer.data, start)
@@ -360,6 +363,8 @@ def _array(data: bytes, at: int, type_: ValueType, count: int, order: str) -> tu
         return _strings(data, at, count, order)
     if type_ is ValueType.ARRAY:
         return _nested(data, at, count, order)
+    import numpy as np
+
     size = SCALAR_SIZES[type_]
     values = np.frombuffer(data, order + SCALAR_CODES[type_], count, at)
     native = values.astype(values.dtype.newbyteorder("="))

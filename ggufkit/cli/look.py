@@ -1,0 +1,83 @@
+"""Commands that look at a file without judging it: inspect, tokenize, plot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ggufkit.cli.common import Json, Source, command, print_line, stdout
+
+if TYPE_CHECKING:
+    from ggufkit.container import GGUF
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command()(inspect)
+
+
+@command
+def inspect(
+    source: Source,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    metadata: Annotated[bool, typer.Option("--metadata", help="List every metadata key.")] = False,
+    key: Annotated[
+        list[str] | None, typer.Option("--key", metavar="KEY", help="Print the whole value of a key (repeatable).")
+    ] = None,
+    tokenizer: Annotated[bool, typer.Option("--tokenizer", help="Show the tokenizer and the template only.")] = False,
+    json: Json = False,
+) -> int:
+    """Show what is in a file: model, quantization mix, tokenizer, template, memory needed."""
+    from ggufkit import reader
+
+    with reader.open(source) as gguf:
+        if key:
+            _print_keys(gguf, key, json)
+        elif json:
+            _print_document(gguf)
+        else:
+            _print_overview(gguf, tensors, metadata, tokenizer)
+        return 0 if gguf.complete and not gguf.problems else 1
+
+
+def _print_overview(gguf: GGUF, tensors: bool, metadata: bool, tokenizer: bool) -> None:
+    from ggufkit import overview
+    from ggufkit.report.text import inspect as text
+
+    console = stdout()
+    if tensors or metadata:
+        if metadata:
+            text.metadata(console, overview.metadata_rows(gguf))
+        if tensors:
+            text.tensors(console, overview.tensor_rows(gguf))
+        text.problems(console, tuple(gguf.problems))
+    else:
+        text.overview(console, overview.overview(gguf), only_words=tokenizer)
+
+
+def _print_document(gguf: GGUF) -> None:
+    """Everything, whatever was asked for: a program picks what it needs."""
+    from ggufkit import memory, overview
+    from ggufkit.report.document import document, plain
+
+    body: dict[str, Any] = {
+        "source": str(gguf.path),
+        **plain(overview.overview(gguf)),
+        "memory_formula": memory.FORMULA,
+        "metadata": overview.metadata_rows(gguf),
+        "tensors": overview.tensor_rows(gguf),
+    }
+    print_line(document("inspect", body))
+
+
+def _print_keys(gguf: GGUF, keys: list[str], json: bool) -> None:
+    from ggufkit import overview
+    from ggufkit.report.document import document
+    from ggufkit.report.text import inspect as text
+
+    rows = tuple(overview.metadata_value(gguf, key) for key in keys)
+    if json:
+        print_line(document("inspect", {"source": str(gguf.path), "metadata": rows}))
+    else:
+        text.values(rows, with_names=len(rows) > 1)
