@@ -54,6 +54,7 @@ class Limits:
     string: int = 64 << 20
     alignment: int = 1 << 20
     header: int = 1 << 30
+    problems: int = 10_000
 
 
 LIMITS = Limits()
@@ -62,6 +63,7 @@ LIMITS = Limits()
 PROBLEMS: dict[str, str] = {
     "header-truncated": "the file ends inside its header",
     "header-too-long": "the header is longer than any real one",
+    "header-hopeless": "the header has more problems than anybody reads",
     "kv-count": "the number of metadata pairs cannot be true",
     "tensor-count": "the number of tensors cannot be true",
     "key-empty": "a metadata key is empty",
@@ -121,7 +123,12 @@ def open(path: str | os.PathLike[str], *, limits: Limits = LIMITS) -> GGUF:  # n
     paths = shard_paths(path)
     try:
         for number, part in enumerate(paths):
-            _open_shard(part, number, len(paths), shards, problems, limits)
+            try:
+                shards.append(_open_shard(part, len(shards), problems, limits))
+            except GgufkitError as error:
+                if part == Path(path):
+                    raise
+                problems.append(_unopened(error, f"part {number + 1} of {len(paths)}", len(shards)))
     except BaseException:
         for shard in shards:
             shard.source.close()
@@ -129,22 +136,19 @@ def open(path: str | os.PathLike[str], *, limits: Limits = LIMITS) -> GGUF:  # n
     return GGUF(Path(path), shards, problems)
 
 
-def _open_shard(
-    path: Path, number: int, count: int, shards: list[Shard], problems: list[Problem], limits: Limits
-) -> None:
-    """Read one file of the set. The first must be readable; a later one that is not is a problem of the set."""
+def _open_shard(path: Path, number: int, problems: list[Problem], limits: Limits) -> Shard:
+    source = Source(path)
     try:
-        source = Source(path)
-        try:
-            shards.append(_Parser(source, len(shards), problems, limits).parse())
-        except BaseException:
-            source.close()
-            raise
-    except GgufkitError as error:
-        if not shards:
-            raise
-        kind = "shard-missing" if isinstance(error, SourceError) else "shard-unreadable"
-        problems.append(Problem(kind, f"part {number + 1} of {count}: {error}", shard=number))
+        return _Parser(source, number, problems, limits).parse()
+    except BaseException:
+        source.close()
+        raise
+
+
+def _unopened(error: GgufkitError, which: str, shard: int) -> Problem:
+    """A part of the set, other than the one asked for, that is missing or broken."""
+    kind = "shard-missing" if isinstance(error, SourceError) else "shard-unreadable"
+    return Problem(kind, f"{which}: {error}", error.offset, shard=shard)
 
 
 class _Stop(Exception):
@@ -285,8 +289,14 @@ class _Parser:
             self.problems.append(stop.problem)
         return shard
 
-    def _report(self, kind: str, message: str, offset: int, **names: str) -> None:
-        self.problems.append(Problem(kind, message, offset, shard=self.number, **names))
+    def _report(
+        self, kind: str, message: str, offset: int, *, key: str | None = None, tensor: str | None = None
+    ) -> None:
+        """Note a problem and go on; a header with endlessly many of them is given up."""
+        self.problems.append(Problem(kind, message, offset, key, tensor, self.number))
+        if len(self.problems) >= self.limits.problems:
+            message = f"more than {self.limits.problems:,} things are wrong with this header; reading stops here"
+            raise self.cursor.stop("header-hopeless", message, offset)
 
     def _check_count(self, kind: str, what: str, count: int, at: int, least: int, limit: int) -> None:
         """Stop when `count` entries of `least` bytes cannot fit into what is left, or are more than `limit`."""
@@ -342,9 +352,8 @@ class _Parser:
         try:
             return ValueType(number)
         except ValueError:
-            stop = self.cursor.stop("value-type", f"{what} is {number}; the types are 0 to 12", offset)
-            stop.problem = Problem("value-type", stop.problem.message, offset, key, shard=self.number, fatal=True)
-            raise stop from None
+            message = f"{what} is {number}; the types are 0 to 12"
+            raise _Stop(Problem("value-type", message, offset, key, shard=self.number, fatal=True)) from None
 
     def _scalar(self, key: str, type_: ValueType) -> int | float | bool:
         offset = self.cursor.position

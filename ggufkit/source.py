@@ -17,7 +17,7 @@ from typing import Self
 from ggufkit.errors import SourceError
 
 #: `PREFIX-00001-of-00003.gguf`, the file names of a split set, counted from 1
-SPLIT_NAME = re.compile(r"(?P<prefix>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+SPLIT_NAME = re.compile(r"(?P<prefix>.+)-(?P<no>[0-9]{5})-of-(?P<count>[0-9]{5})(?i:\.gguf)", re.DOTALL)
 
 
 class Source:

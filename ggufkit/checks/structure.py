@@ -92,7 +92,7 @@ def header_truncated(context: Context) -> Iterator[Found]:
 
     Fix. Fetch the file again.
     """
-    yield from _helped(context.problems("header-truncated", "header-too-long"), _FETCH_AGAIN)
+    yield from _helped(context.problems("header-truncated", "header-too-long", "header-hopeless"), _FETCH_AGAIN)
 
 
 @rule("S102", "count", ERROR)
@@ -624,9 +624,10 @@ def padding(context: Context) -> Iterator[Found]:
     """
     for shard in context.gguf.shards:
         extents = _extents(shard)
-        ends = [*(extent.start for extent in extents[1:]), shard.source.size]
-        yield from _dirty(shard, "the header", shard.header_end, shard.data_start, None)
-        for extent, end in zip(extents, ends, strict=True):
+        if extents:
+            yield from _dirty(shard, "the header", shard.header_end, shard.data_start, None)
+        ends = [extent.start for extent in extents[1:]] + [shard.source.size]
+        for extent, end in zip(extents, ends, strict=False):
             stop = min(end, _padded(extent.end, shard.alignment))
             yield from _dirty(shard, repr(extent.tensor.name), extent.end, stop, extent.tensor.name)
 
