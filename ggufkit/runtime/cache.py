@@ -24,8 +24,13 @@ class ArrayCache:
         self.n_ctx = n_ctx
         self.length = 0
         shape = (n_ctx, config.n_head_kv, config.head_dim)
-        self.k: list[NDArray[Any]] = [np.empty(shape, dtype) for _ in range(config.n_layer)]
-        self.v: list[NDArray[Any]] = [np.empty(shape, dtype) for _ in range(config.n_layer)]
+        try:
+            self.k: list[NDArray[Any]] = [np.empty(shape, dtype) for _ in range(config.n_layer)]
+            self.v: list[NDArray[Any]] = [np.empty(shape, dtype) for _ in range(config.n_layer)]
+        except MemoryError as error:
+            size = 2 * config.n_layer * n_ctx * config.kv_width * np.dtype(dtype).itemsize
+            message = f"the keys and values of {n_ctx:,} positions take {size / 1e9:,.1f} GB, which this machine lacks"
+            raise UsageError(message, help="give a smaller context (--ctx)") from error
 
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on."""

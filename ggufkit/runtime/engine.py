@@ -7,6 +7,7 @@ block type, and is undone exactly.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufkit.arch import Config
+from ggufkit.arch import Config, expected_tensors, read_config
 from ggufkit.container import GGUF, Tensor
-from ggufkit.errors import UsageError
+from ggufkit.errors import FormatError, UsageError
 from ggufkit.steps import Tap
 
 Logits = NDArray[np.float32]
@@ -50,6 +51,14 @@ class Engine(Protocol):
     """One loaded model."""
 
     @property
+    def name(self) -> str:
+        """`reference`, `cpu` or `cuda`, as traces are signed."""
+
+    @property
+    def dtype(self) -> Any:
+        """The NumPy dtype, or its name, that activations are computed in (`float32`)."""
+
+    @property
     def config(self) -> Config: ...
 
     @property
@@ -76,6 +85,28 @@ class Engine(Protocol):
 
     def patched(self, edits: Iterable[Edit]) -> AbstractContextManager[None]:
         """Run with some bytes of the weights replaced; exactly as before once left."""
+
+
+def runnable(gguf: GGUF) -> Config:
+    """The Config of a file whose tensors are all there in the right shapes: what every engine loads first.
+
+    Raises:
+        Unsupported: the architecture, or its rope scaling, is not modelled here.
+        NewerThanTool: a tensor's type is not known.
+        FormatError: the metadata is wrong, or a tensor is missing, misshapen or outside the file.
+    """
+    config = read_config(gguf)
+    for name, expected in expected_tensors(config).items():
+        tensor = gguf.tensors.get(name)
+        if tensor is None and not expected.required:
+            continue
+        if tensor is None:
+            raise FormatError(f"the tensor {name!r} is missing", path=str(gguf.path), help="convert the model again")
+        if tensor.shape != expected.shape:
+            message = f"tensor {name!r} has the shape {tensor.shape}, which its metadata contradicts"
+            raise FormatError(message, path=str(gguf.path), offset=tensor.info_offset, expected=str(expected.shape))
+        gguf.read(tensor, max((tensor.nbytes or 1) - 1, 0), 1)  # refuses unknown types and impossible places
+    return config
 
 
 def check_ids(ids: Sequence[int], cache: Cache, config: Config) -> None:
@@ -113,16 +144,35 @@ def element_edits(gguf: GGUF, name: str, values: Mapping[int, float]) -> list[Ed
 
 
 def encode_float(tensor: Tensor, value: float, byteorder: str) -> bytes:
-    """One element of a float tensor as its bytes in the file."""
-    order = "<" if byteorder == "little" else ">"
-    if tensor.type_name == "BF16":
-        bits = int(np.float32(value).view(np.uint32))
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 if np.isfinite(value) else (bits >> 16) | (value != value)
-        return rounded.to_bytes(2, "little" if order == "<" else "big")
-    code = {"F32": "f4", "F16": "f2", "F64": "f8"}.get(tensor.type_name)
+    """One element of a float tensor as its bytes in the file, rounded to nearest even.
+
+    Raises:
+        UsageError: the tensor packs elements into blocks, or a finite value is too large for its type.
+    """
+    code = {"F32": "f4", "F16": "f2", "F64": "f8", "BF16": "f4"}.get(tensor.type_name)
     if code is None:
         raise UsageError(f"{tensor.name} is {tensor.type_name}: its elements cannot be set one by one")
-    return np.array(value, order + code).tobytes()
+    with np.errstate(over="ignore"):
+        element = np.array(value, code)
+    if tensor.type_name == "BF16":
+        element = _to_bf16(element)
+    if np.isfinite(value) and not _is_finite(element):
+        raise UsageError(f"{value:g} does not fit into {tensor.name}, which is {tensor.type_name}")
+    return (element if byteorder == sys.byteorder else element.byteswap()).tobytes()
+
+
+def _to_bf16(element: NDArray[Any]) -> NDArray[Any]:
+    """The upper half of a float32, uint16; a NaN stays one."""
+    bits = int(element.view(np.uint32))
+    upper = (bits >> 16) | 1 if np.isnan(element) else (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.array(upper, np.uint16)
+
+
+def _is_finite(element: NDArray[Any]) -> bool:
+    """Of a float, or of a bfloat16's bits."""
+    if element.dtype == np.uint16:
+        return (int(element) & 0x7F80) != 0x7F80
+    return bool(np.isfinite(element))
 
 
 def apply_edits(raw: NDArray[np.uint8], edits: Iterable[Edit]) -> None:

@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ggufkit.arch import Config, read_config
+from ggufkit.arch import Config
 from ggufkit.container import GGUF
 from ggufkit.runtime.cache import ArrayCache
-from ggufkit.runtime.engine import Edit, Logits, Which, check_ids
+from ggufkit.runtime.engine import Edit, Logits, Which, check_ids, runnable
 from ggufkit.runtime.weights import Weights
 from ggufkit.steps import LAYER_STEPS, Array, Tap
 
@@ -270,9 +270,10 @@ class ReferenceEngine:
         steps: the step functions, `REFERENCE` with any of them replaced.
 
     Raises:
-        Unsupported, FormatError: as `arch.read_config`.
+        Unsupported, FormatError, NewerThanTool: as `engine.runnable`.
     """
 
+    name = "reference"
     device = "cpu"
 
     def __init__(
@@ -282,7 +283,7 @@ class ReferenceEngine:
         steps: Mapping[str, StepFunction] = REFERENCE,
         weights: Weights | None = None,
     ) -> None:
-        self.config = read_config(gguf)
+        self.config = runnable(gguf)
         self.dtype = np.dtype(dtype)
         self.weights = weights or Weights(gguf)
         self.steps = steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -33,7 +32,7 @@ class Weights:
         total = 4 * sum(tensor.n_elements for tensor in gguf.tensors.values())
         self._keep = total <= KEEP_BYTES if keep is None else keep
         self._kept: dict[str, Floats] = {}
-        self._edits: dict[str, list[Edit]] = defaultdict(list)
+        self._edits: dict[str, list[Edit]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.gguf.tensors
@@ -71,30 +70,30 @@ class Weights:
         Raises:
             UsageError: an edit names no tensor of the file or leaves it.
         """
-        before = {name: list(known) for name, known in self._edits.items()}
         added = list(edits)
         for edit in added:
             tensor = self.gguf.tensor(edit.tensor)
             if edit.start < 0 or edit.start + len(edit.data) > (tensor.nbytes or 0):
                 raise UsageError(f"an edit of {len(edit.data)} bytes at {edit.start} leaves {edit.tensor}")
-        aside = {edit.tensor: self._kept.pop(edit.tensor, None) for edit in added}
+        touched = {edit.tensor for edit in added}
+        before, kept = self._edits, {name: self._kept.pop(name) for name in touched & self._kept.keys()}
+        self._edits = before | {name: [*before.get(name, ())] for name in touched}
         for edit in added:
             self._edits[edit.tensor].append(edit)
         try:
             yield
         finally:
-            self._edits = defaultdict(list, before)
-            for name, values in aside.items():
+            self._edits = before
+            for name in touched:
                 self._kept.pop(name, None)
-                if values is not None:
-                    self._kept[name] = values
+            self._kept.update(kept)
 
     def _decode(self, name: str, first_row: int, n_rows: int) -> Floats:
         tensor = self.gguf.tensor(name)
         row_bytes = (tensor.nbytes or 0) // max(tensor.n_rows, 1)
         start, count = first_row * row_bytes, n_rows * row_bytes
         raw = self.gguf.read(tensor, start, count)
-        apply_edits(raw, _within(self._edits[name], start, count))
+        apply_edits(raw, _within(self._edits.get(name, ()), start, count))
         assert tensor.type is not None  # read() has refused unknown types
         return quants.dequantize(tensor.type, raw, byteorder=self.gguf.byteorder)
 
