@@ -85,3 +85,13 @@ class UsageError(GgufkitError):
     """The request makes no sense: a prompt longer than the context, a tensor name that is not there."""
 
     exit_code = 2
+
+
+class TraceError(GgufkitError):
+    """A file is no trace: no safetensors, no token ids, or metadata that contradicts itself."""
+
+    exit_code = 2
+
+
+class NotFinite(GgufkitError):
+    """The forward pass made NaN or an infinity, so that there is nothing to choose a token from."""

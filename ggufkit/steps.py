@@ -60,7 +60,7 @@ BY_NAME: dict[str, Step] = {step.name: step for step in STEPS}
 LAYER_STEPS: tuple[str, ...] = tuple(step.name for step in STEPS if step.per_layer)
 
 _ORDER = {step.name: position for position, step in enumerate(STEPS)}
-_NAME = re.compile(r"(?P<step>[a-z_]+?)(?:-(?P<layer>\d{1,4}))?")
+_NAME = re.compile(r"(?P<step>[a-z_]+?)(?:-(?P<layer>0|[1-9]\d{0,3}))?")
 
 
 class Tap(Protocol):

@@ -7,7 +7,7 @@ K and IQ types pack 256 elements, so their models are wider.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,12 @@ import numpy as np
 #: type name → gguf-py's number; what is not here cannot be written
 _TYPE_IDS = {type_.name: type_ for type_ in gguf.GGMLQuantizationType}
 _FLOATS = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
+_ADD = {
+    str: gguf.GGUFWriter.add_string,
+    int: gguf.GGUFWriter.add_uint32,
+    float: gguf.GGUFWriter.add_float32,
+    bool: gguf.GGUFWriter.add_bool,
+}
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _MERGES = ("t h", "h e", "Ġ t", "Ġt he", "i n", "e r", "a n", "o n", "r e", "Ġ a", "o u", "an d", "Ġ w", "l l")
 TEMPLATE = (
@@ -55,6 +61,8 @@ def tiny_model(
     seed: int = 0,
     shape: Shape | None = None,
     types: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str | int | float | bool] | None = None,
+    edit: Callable[[dict[str, np.ndarray]], object] | None = None,
 ) -> Path:
     """Write a random model and return its path.
 
@@ -64,13 +72,21 @@ def tiny_model(
         tied: leave `output.weight` out.
         shape: by default `NARROW`, or `WIDE` for types of 256 elements a block.
         types: a role (`attn_v.weight`, `output.weight`) → its own type.
+        metadata: more keys; numbers become uint32 and float32.
+        edit: changes the float32 weights before they are packed.
     """
     chosen = {"default": type, **(types or {})}
     blocks = max(gguf.GGML_QUANT_SIZES[_TYPE_IDS[name]][0] for name in chosen.values())
     shape = shape or (WIDE if blocks > 32 else NARROW)
     writer = gguf.GGUFWriter(path, arch)
     _write_metadata(writer, arch, shape)
-    for name, values in tensors(arch, shape, tied=tied, seed=seed).items():
+    for key, value in (metadata or {}).items():
+        writer.kv_data[0].pop(key, None)
+        _ADD[value.__class__](writer, key, value)
+    weights = tensors(arch, shape, tied=tied, seed=seed)
+    if edit is not None:
+        edit(weights)
+    for name, values in weights.items():
         role = name.split(".", 2)[2] if name.startswith("blk.") else name
         _write_tensor(writer, name, values, chosen.get(role, chosen["default"]) if values.ndim == 2 else "F32")
     writer.write_header_to_file()

@@ -14,8 +14,8 @@ from ggufkit.errors import UsageError
 class ArrayCache:
     """Keys and values of one sequence, [n_ctx, n_head_kv, head_dim] a layer, grown in place.
 
-    Arrays are made when a layer is first written, and the pages of an array when they are first touched, so that
-    a large context costs nothing until it is used.
+    The operating system gives an array its pages when they are first touched, so that a large context costs
+    nothing until it is used.
     """
 
     def __init__(self, config: Config, n_ctx: int, dtype: DTypeLike = np.float32) -> None:
