@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ggufkit.errors import FormatError, NewerThanTool, UsageError
-from ggufkit.quants import QuantType
+from ggufkit.quants import REMOVED, QuantType
 from ggufkit.source import Source
 
 if TYPE_CHECKING:  # `inspect` needs no NumPy: it is loaded by whoever asks for an array
@@ -62,6 +62,9 @@ SCALAR_SIZES: dict[ValueType, int] = {type_: struct.calcsize("=" + code) for typ
 
 #: arrays may hold arrays in the specification, not in llama.cpp; deeper than this nobody reads on
 MAX_ARRAY_DEPTH = 4
+
+#: type numbers from here on belong to no version or fork of the format; the field is damaged
+PLAUSIBLE_TYPES = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,11 @@ class Tensor:
     @property
     def type_name(self) -> str:
         return self.type.name if self.type else f"type {self.type_id}"
+
+    @property
+    def is_newer(self) -> bool:
+        """Whether the type may be one that a newer version of the format has; a removed or absurd one is not."""
+        return self.type is None and self.type_id not in REMOVED and self.type_id < PLAUSIBLE_TYPES
 
 
 @dataclass(slots=True)
@@ -269,16 +277,18 @@ class GGUF:
             ) from None
 
     def read(self, tensor: Tensor, start: int = 0, count: int | None = None) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The packed bytes [start, start + count) of `tensor`, uint8.
+        """The packed bytes [start, start + count) of `tensor`, uint8; by default all from `start` on.
 
         Raises:
             NewerThanTool: the tensor's type is not known.
-            FormatError: the range leaves the tensor, or the file ends before it.
+            FormatError: its shape is impossible, or the file ends before it.
+            UsageError: the range leaves the tensor.
         """
         import numpy as np
 
-        nbytes = self._nbytes(tensor)
-        buffer = np.empty(nbytes - start if count is None else count, np.uint8)
+        count = self._nbytes(tensor) - start if count is None else count
+        self._check(tensor, start, count)
+        buffer = np.empty(count, np.uint8)
         self.read_into(tensor, buffer.data, start)
         return buffer
 
@@ -288,14 +298,10 @@ class GGUF:
         Raises: as `read`.
         """
         buffer = buffer.cast("B")
-        nbytes = self._nbytes(tensor)
-        if start < 0 or start + len(buffer) > nbytes:
-            raise UsageError(f"bytes {start}..{start + len(buffer)} of {tensor.name!r} do not exist: it has {nbytes}")
+        self._check(tensor, start, len(buffer))
         source = self.shards[tensor.shard].source
-        if tensor.offset + start + len(buffer) > source.size:
-            raise self._outside(tensor, nbytes, source)
         if source.read_into(tensor.offset + start, buffer) != len(buffer):
-            raise self._outside(tensor, nbytes, source)  # it shrank after it was opened
+            raise self._outside(tensor, source)  # it shrank after it was opened
 
     def close(self) -> None:
         for shard in self.shards:
@@ -307,6 +313,15 @@ class GGUF:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _check(self, tensor: Tensor, start: int, count: int) -> None:
+        """Raise unless these bytes belong to the tensor and lie in the file: nothing is allocated before that."""
+        nbytes = self._nbytes(tensor)
+        if start < 0 or count < 0 or start + count > nbytes:
+            raise UsageError(f"bytes {start}..{start + count} of {tensor.name!r} do not exist: it has {nbytes}")
+        source = self.shards[tensor.shard].source
+        if tensor.offset + start + count > source.size:
+            raise self._outside(tensor, source)
+
     def _nbytes(self, tensor: Tensor) -> int:
         if not self.shards[tensor.shard].complete:
             raise FormatError(
@@ -315,17 +330,17 @@ class GGUF:
             )
         if tensor.nbytes is not None:
             return tensor.nbytes
-        if tensor.type is None:
+        if tensor.is_newer:
             raise NewerThanTool(f"tensor {tensor.name!r} has the unknown type {tensor.type_id}", path=str(self.path))
         raise FormatError(
-            f"tensor {tensor.name!r} of type {tensor.type_name} has the impossible shape {tensor.shape}",
+            f"tensor {tensor.name!r} of {tensor.type_name} and shape {tensor.shape} cannot exist",
             path=str(self.path),
             offset=tensor.info_offset,
         )
 
-    def _outside(self, tensor: Tensor, nbytes: int, source: Source) -> FormatError:
+    def _outside(self, tensor: Tensor, source: Source) -> FormatError:
         return FormatError(
-            f"tensor {tensor.name!r} ({nbytes:,} bytes) leaves the file, which ends at byte {source.size:,}",
+            f"tensor {tensor.name!r} ({tensor.nbytes:,} bytes) leaves the file, which ends at byte {source.size:,}",
             path=source.name,
             offset=tensor.offset,
             help="the download was cut short, or the file is damaged: fetch it again",

@@ -97,6 +97,7 @@ _HEADER_BYTES = 24
 _MIN_KV_BYTES = 8 + 4 + 1  # length of the key, type, the smallest value
 _MIN_TENSOR_BYTES = 8 + 4 + 4 + 8  # length of the name, n_dims, type, offset
 _NEWEST_VERSION = 3
+_PLAUSIBLE_COUNT = 10_000  # of metadata pairs or tensors; what claims more and does not fit is damaged, not cut
 _PLAUSIBLE_VERSION = 99  # beyond it the field is damaged rather than new
 _SIGNED_MAX = (1 << 63) - 1
 _WINDOW = 1 << 20
@@ -183,8 +184,8 @@ class _Cursor:
         start = self.position - self._base
         if start + count > len(self._window):
             self.check(count, what)
-            self._window = self.source.read(self.position, max(count, _WINDOW))
-            self._base, start = self.position, 0
+            self._fill(count)
+            start = 0
         self.position += count
         return self._window[start : start + count]
 
@@ -218,8 +219,7 @@ class _Cursor:
         while left:
             if self.position + 8 > self._base + len(self._window) or self.position < self._base:
                 self.check(8, f"string {count - left} of {what}")
-                self._window = self.source.read(self.position, _WINDOW)
-                self._base = self.position
+                self._fill(_WINDOW)
             window, at, last = self._window, self.position - self._base, len(self._window) - 8
             while left and at <= last:
                 (length,) = length_at(window, at)
@@ -231,6 +231,11 @@ class _Cursor:
             self.position = self._base + at
             if self.position > self._end:
                 raise self._long_string(length, count - left - 1, what)
+
+    def _fill(self, count: int) -> None:
+        """Move the window to the position; it never reaches beyond where the header must end."""
+        self._window = self.source.read(self.position, min(max(count, _WINDOW), self._end - self.position))
+        self._base = self.position
 
     def check(self, count: int, what: str) -> None:
         """Stop unless `count` more bytes are there."""
@@ -301,9 +306,13 @@ class _Parser:
     def _check_count(self, kind: str, what: str, count: int, at: int, least: int, limit: int) -> None:
         """Stop when `count` entries of `least` bytes cannot fit into what is left, or are more than `limit`."""
         fit = self.cursor.left // least
-        if count > min(fit, limit):
-            message = f"the header claims {count:,} {what}; at most {fit:,} fit into the file and {limit:,} are allowed"
-            raise self.cursor.stop(kind, message, at)
+        if count <= min(fit, limit):
+            return
+        if count <= min(_PLAUSIBLE_COUNT, limit):  # a real header, and the file ends behind its first bytes
+            message = f"the header announces {count:,} {what}, but only {self.cursor.left:,} bytes follow"
+            raise self.cursor.stop("header-truncated", message, self.source.size)
+        message = f"the header claims {count:,} {what}; at most {fit:,} fit into the file and {limit:,} are allowed"
+        raise self.cursor.stop(kind, message, at)
 
     def _fields(self) -> None:
         self._check_count("kv-count", "metadata pairs", self.shard.n_kv, 16, _MIN_KV_BYTES, self.limits.kv_pairs)

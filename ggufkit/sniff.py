@@ -71,6 +71,14 @@ def _by_content(head: bytes) -> str | None:
     at = head.find(b"GGUF")
     if at > 0:
         return f"something with a GGUF header at byte {at:,}: that many foreign bytes stand before it"
-    if all(byte >= 32 or byte in b"\t\r\n\f" for byte in head):
-        return "a text file"
-    return None
+    return "a text file" if _is_text(head) else None
+
+
+def _is_text(head: bytes) -> bool:
+    """UTF-8 without control characters; the last character may be cut in half."""
+    try:
+        head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 3:
+            return False
+    return all(byte >= 32 or byte in b"\t\r\n\f" for byte in head)

@@ -123,15 +123,18 @@ def _named(error: Exception) -> str:
 
 
 def _unread(context: Context) -> Iterable[Skipped]:
-    """The tensors whose data was not looked at, by reason."""
+    """The tensors whose data was not looked at, each with its reason, the unknown types first."""
+    newer = [tensor for tensor in context.gguf.tensors.values() if tensor.is_newer]
+    for tensor in newer[:MAX_PER_RULE]:
+        yield Skipped(f"tensor {tensor.name}", f"its type {tensor.type_id} is newer than this tool", newer=True)
     if not context.was_measured:
         if context.gguf.tensors:
             yield Skipped(f"the data of {len(context.gguf.tensors)} tensors", "no rule that reads it was run")
         return
-    for name, error in islice(context.unmeasured.items(), MAX_PER_RULE):
-        newer = isinstance(error, NewerThanTool)
+    others = ((name, error) for name, error in context.unmeasured.items() if not isinstance(error, NewerThanTool))
+    for name, error in islice(others, MAX_PER_RULE):
         asked = not isinstance(error, FormatError)  # a tensor outside the file is a finding of its own
-        yield Skipped(f"tensor {name}", error.message, asked=asked, newer=newer)
+        yield Skipped(f"tensor {name}", error.message, asked=asked)
 
 
 def _unopened(source: str, error: GgufkitError, profile: Profile) -> Report:

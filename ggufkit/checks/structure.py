@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ggufkit import quants
 from ggufkit.checks.context import Context
 from ggufkit.checks.rule import Found, Need, rule
 from ggufkit.container import Shard, Tensor, ValueType
@@ -21,8 +22,6 @@ ERROR, WARNING, INFO = Severity.ERROR, Severity.WARNING, Severity.INFO
 
 _FETCH_AGAIN = "fetch the file again and compare its size or checksum with the publisher's"
 _CONVERT_AGAIN = "convert the model again with a current converter"
-#: block type numbers from here on belong to no version of the format; the field is damaged
-_PLAUSIBLE_TYPES = 1_000
 #: numbers that a well-known fork of llama.cpp gives to types of its own
 _FORK_TYPES = range(97, 400)
 _CHUNK = 1 << 20
@@ -341,12 +340,17 @@ def type_unknown(context: Context) -> Iterator[Found]:
 
     Fix. Update ggufkit, or use the program that the file was made for.
     """
-    ids = {tensor.name: tensor.type_id for shard in context.gguf.shards for tensor in shard.tensors}
-    for found in context.problems("type-unknown"):
-        number = ids.get(found.tensor or "", 0)
-        fork = "the ik_llama.cpp fork uses numbers in this range" if number in _FORK_TYPES else None
-        severity = ERROR if number >= _PLAUSIBLE_TYPES else None
-        yield Found(found.message, found.tensor, offset=found.offset, value=number, help=fork, severity=severity)
+    for shard in context.gguf.shards:
+        for tensor in shard.tensors:
+            if tensor.type is not None or tensor.type_id in quants.REMOVED:
+                continue
+            number = tensor.type_id
+            message = f"tensor {tensor.name!r} has type {number}, which no version of the format has"
+            if tensor.is_newer:
+                message = f"tensor {tensor.name!r} has type {number}, which this version of ggufkit does not know"
+            fork = "the ik_llama.cpp fork uses numbers in this range" if number in _FORK_TYPES else None
+            severity = None if tensor.is_newer else ERROR
+            yield Found(message, tensor.name, offset=tensor.info_offset, value=number, help=fork, severity=severity)
 
 
 @rule("S117", "big-endian", WARNING, spec=INFO)
