@@ -8,10 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ggufkit import arch
+import numpy as np
+from numpy.typing import NDArray
+
+from ggufkit import arch, quants
 from ggufkit.checks.rule import Found, Need, Profile
 from ggufkit.container import GGUF, Tensor, ValueType
 from ggufkit.errors import GgufkitError
@@ -24,6 +28,8 @@ Progress = Callable[[int, int], None]
 #: measures one tensor; `ggufkit.stats.measure` unless another engine (a GPU) is given
 Measure = Callable[[GGUF, Tensor], "TensorStats"]
 
+#: a vector larger than this is no bias or norm
+_VECTOR_BYTES = 4 << 20
 #: values of general.type, and architectures, that are no language model by themselves
 _OTHER_TYPES = frozenset({"adapter", "mmproj", "imatrix", "projector"})
 _OTHER_ARCHITECTURES = frozenset({"clip", "controlvector", "imatrix"})
@@ -131,6 +137,27 @@ class Context:
             return arch.read_config(self.gguf)
         except GgufkitError as error:
             return error
+
+    @cached_property
+    def vectors(self) -> Mapping[str, NDArray[np.float32]]:
+        """The float tensors of one dimension (biases, norms) that can be read, as float32 by name.
+
+        They are small and looked at from many sides, so that they are kept; larger ones are left to `stats`.
+        """
+        found = {}
+        for tensor in self.gguf.tensors.values():
+            if tensor.type is None or tensor.type.kind != "float" or len(tensor.dims) != 1:
+                continue
+            if 0 < (tensor.nbytes or 0) <= _VECTOR_BYTES:
+                with suppress(GgufkitError):  # the rules of the structure speak of what cannot be read
+                    raw = self.gguf.read(tensor)
+                    found[tensor.name] = quants.dequantize(tensor.type, raw, byteorder=self.gguf.byteorder)
+        return found
+
+    def element_offset(self, name: str, index: int) -> int:
+        """The byte of the file where element `index` of a float tensor stands."""
+        tensor = self.gguf.tensors[name]
+        return tensor.offset + index * (tensor.type.type_size if tensor.type else 0)
 
     @property
     def was_measured(self) -> bool:
