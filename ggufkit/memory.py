@@ -65,9 +65,7 @@ def memory_needed(gguf: GGUF, rows: int | None) -> tuple[tuple[Memory, ...], str
 
 def _at(n_ctx: int, weights: int, kv_values: int, activations: int) -> Memory:
     kv, working = n_ctx * kv_values, 4 * min(BATCH, n_ctx) * activations
-    return Memory(
-        n_ctx, weights, 2 * kv, 4 * kv, working, weights + 2 * kv + working, weights + 4 * kv + working
-    )
+    return Memory(n_ctx, weights, 2 * kv, 4 * kv, working, weights + 2 * kv + working, weights + 4 * kv + working)
 
 
 class _Hyperparameters:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ggufkit import __version__
-from ggufkit.cli import look
+from ggufkit.cli import look, machine, verdict
 
 app = typer.Typer(
     name="ggufkit",
@@ -38,7 +38,8 @@ def _options(
     """Is it the GGUF file, the tokenizer and template, or my engine? Answered with evidence."""
 
 
-look.register(app)
+for group in (look, verdict, machine):
+    group.register(app)
 
 
 def main() -> None:

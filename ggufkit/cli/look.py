@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ggufkit.cli.common import Json, Source, command, print_line, stdout
+from ggufkit.cli.common import Json, Source, command, print_line, progress, stdout, writing
 
 if TYPE_CHECKING:
     from ggufkit.container import GGUF
+    from ggufkit.plot import Histogram
 
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    app.command()(inspect)
+    for function in (inspect, plot):
+        app.command()(function)
 
 
 @command
@@ -39,6 +42,53 @@ def inspect(
         else:
             _print_overview(gguf, tensors, metadata, tokenizer)
         return 0 if gguf.complete and not gguf.problems else 1
+
+
+@command
+def plot(
+    source: Source,
+    globs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TENSOR-GLOB]...", help="Which tensors, for instance 'blk.*.attn_k.bias'."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="A .png, .svg or .pdf file.")
+    ] = None,
+    kind: Annotated[Literal["histogram"], typer.Option(help="What to draw.")] = "histogram",
+    terminal: Annotated[bool, typer.Option("--terminal", help="Draw on the terminal.")] = False,
+) -> None:
+    """Draw the values of tensors: counts, robust bounds, outliers."""
+    from ggufkit import plot as pictures
+    from ggufkit import reader
+
+    with reader.open(source) as gguf:
+        target = output or Path(f"{gguf.path.stem}-{kind}.png")
+        if not terminal:
+            pictures.check_format(target)
+        drawn = _histograms(gguf, globs or [])
+    if terminal:
+        from ggufkit.report.text import plot as text
+
+        text.histograms(stdout(), drawn)
+        return
+    with writing(target):
+        pictures.save(drawn, target, title=gguf.path.name)
+    print_line(str(target))
+
+
+def _histograms(gguf: GGUF, globs: list[str]) -> list[Histogram]:
+    from ggufkit import plot as pictures
+
+    tensors = pictures.matching(gguf, globs)
+    with progress("reading tensors", 2 * sum(tensor.n_elements for tensor in tensors)) as advance:
+        done = 0
+
+        def count(elements: int) -> None:
+            nonlocal done
+            done += elements
+            advance(done)
+
+        return [pictures.histogram(gguf, tensor, count) for tensor in tensors]
 
 
 def _print_overview(gguf: GGUF, tensors: bool, metadata: bool, tokenizer: bool) -> None:

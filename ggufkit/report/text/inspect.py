@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
@@ -34,6 +34,7 @@ from ggufkit.report.text.style import (
     plural,
     shape_text,
     share_text,
+    show,
 )
 
 _MANY = 6  # values of one a layer that are still shown one by one
@@ -51,7 +52,7 @@ def overview(console: Console, facts_: Overview, *, only_words: bool = False) ->
             *words,
             *_memory(facts_.memory, facts_.memory_note),
         ]
-    console.print(Group(*sections))
+    show(console, *sections)
     problems(console, facts_.problems)
 
 
@@ -59,11 +60,11 @@ def problems(console: Console, found: Sequence[Problem]) -> None:
     """Print what the reader met."""
     if not found:
         return
-    console.print(heading("Problems", "`ggufkit validate` explains them"), style="error")
+    lines: list[RenderableType] = [heading("Problems", "`ggufkit validate` explains them")]
     for problem in found:
         at = f"  byte {problem.offset:,}" if problem.offset is not None else ""
-        line = Text.assemble("  ✗ ", shown(problem.message, limit=500), (at, "note"))
-        console.print(line, soft_wrap=not console.is_terminal)
+        lines.append(Text.assemble(("  ✗ ", "error"), shown(problem.message, limit=500), (at, "note")))
+    show(console, *lines)
 
 
 def tensors(console: Console, rows: Sequence[TensorRow]) -> None:
@@ -73,8 +74,7 @@ def tensors(console: Console, rows: Sequence[TensorRow]) -> None:
         size = nbytes_text(row.nbytes) if row.nbytes is not None else "?"
         shape, dims = shape_text(row.shape), shape_text(row.dims)
         table.add_row(from_file(row.name), Text(row.type, "type"), shape, Text(dims, "note"), size)
-    console.print(heading("Tensors", f"{len(rows):,}"))
-    console.print(Padding(table, (0, 0, 1, 2), expand=False))
+    show(console, heading("Tensors", f"{len(rows):,}"), Padding(table, (0, 0, 1, 2), expand=False))
 
 
 def metadata(console: Console, rows: Sequence[MetadataRow]) -> None:
@@ -82,8 +82,7 @@ def metadata(console: Console, rows: Sequence[MetadataRow]) -> None:
     table = listing("key", "type", "value", wide="value")
     for row in rows:
         table.add_row(from_file(row.key), Text(row.type, "note"), from_file(_value_text(row), limit=120))
-    console.print(heading("Metadata", f"{len(rows):,}"))
-    console.print(Padding(table, (0, 0, 1, 2), expand=False))
+    show(console, heading("Metadata", f"{len(rows):,}"), Padding(table, (0, 0, 1, 2), expand=False))
 
 
 def values(rows: Iterable[MetadataRow], *, with_names: bool) -> None:
@@ -93,6 +92,13 @@ def values(rows: Iterable[MetadataRow], *, with_names: bool) -> None:
             sys.stdout.write(f"{shown(row.key)} ({row.type}):\n")
         value = row.value if isinstance(row.value, str) else _lines(row.value)
         sys.stdout.write(shown(value, keep=RUNNING_TEXT) + "\n")
+
+
+def _value_text(row: MetadataRow) -> str:
+    if not row.type.endswith("]"):
+        return number_text(row.value) if isinstance(row.value, float) else str(row.value)
+    items = ", ".join(repr(item) if isinstance(item, str) else str(item) for item in row.value)
+    return f"[{items}, …]"
 
 
 def _lines(value: Any) -> str:

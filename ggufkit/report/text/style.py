@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import IO
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
@@ -109,22 +109,31 @@ def listing(*columns: str, right: Iterable[str] = (), wide: str | None = None) -
     Args:
         columns: their titles.
         right: those that hold numbers.
-        wide: the one that gives way when the terminal is narrow.
+        wide: the one whose cells give way when the terminal is narrow; all others stay whole.
     """
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="label", show_edge=False)
     numbers = set(right)
     for title in columns:
+        gives_way = title == wide
         table.add_column(
-            title,
+            Text(title, no_wrap=True, overflow="ellipsis"),
             justify="right" if title in numbers else "left",
-            no_wrap=True,
+            no_wrap=not gives_way,
             overflow="ellipsis",
-            ratio=None,
-            min_width=None if title == wide else len(title),
         )
     return table
 
 
+def show(console: Console, *things: RenderableType) -> None:
+    """Print things below each other; what goes to a pipe or a file has no spaces at the ends of its lines."""
+    if console.is_terminal:
+        console.print(Group(*things))
+        return
+    with console.capture() as capture:
+        console.print(Group(*things))
+    console.file.write("\n".join(line.rstrip() for line in capture.get().split("\n")))
+
+
 def from_file(value: object, *, limit: int | None = 200) -> Text:
-    """A string or value that came from a file, escaped."""
-    return Text(shown(str(value), limit=limit))
+    """A string or value that came from a file, escaped; in a table it stays on one line."""
+    return Text(shown(str(value), limit=limit), no_wrap=True, overflow="ellipsis")

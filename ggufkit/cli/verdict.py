@@ -1,0 +1,163 @@
+"""Commands that judge a file: validate, and the two that explain its rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ggufkit.cli.common import Json, Output, command, print_line, progress, stdout, write_text, writing
+from ggufkit.errors import UsageError
+from ggufkit.findings import Report, Severity, Skipped
+
+if TYPE_CHECKING:
+    from ggufkit.checks import Profile, Rule
+
+#: the exit statuses of several files, the last one wins: damage outranks what could not be checked
+_OUTRANKS = (0, 3, 1)
+
+Codes = Annotated[
+    list[str] | None,
+    typer.Option(metavar="CODES", help="Rules by code (S201), beginning (N) or name; several with commas."),
+]
+
+
+class Format(StrEnum):
+    """The output formats of `validate`."""
+
+    TEXT = "text"
+    JSON = "json"
+    JSONL = "jsonl"
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    for function in (validate, rules, explain):
+        app.command()(function)
+
+
+@command
+def validate(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="GGUF files, or directories of them.")],
+    select: Codes = None,
+    ignore: Codes = None,
+    run: Annotated[bool | None, typer.Option("--run/--no-run", help="Also run the model.")] = None,
+    profile: Annotated[Literal["llama.cpp", "spec"], typer.Option(help="Whose reading decides.")] = "llama.cpp",
+    min_severity: Annotated[Severity, typer.Option(help="Exit with 1 from here on.")] = Severity.ERROR,
+    format: Annotated[Format, typer.Option(help="How to write the report.")] = Format.TEXT,  # noqa: A002
+    json: Json = False,
+    output: Output = None,
+    jobs: Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads; by default one a core.")] = None,
+) -> int:
+    """Say what is wrong with a file, each finding with its evidence."""
+    shape = Format.JSON if json else format
+    paths = list(_files(sources))
+    if shape is Format.JSON and len(paths) > 1:
+        raise UsageError(f"{len(paths)} files do not fit into one document", help="use --format jsonl")
+    results = [_with_run(_check(path, select, ignore, profile, jobs), run) for path in paths]
+    _write(results, shape, output)
+    return max((result.exit_code(min_severity) for result in results), key=_OUTRANKS.index)
+
+
+@command
+def rules(json: Json = False) -> None:
+    """List every rule of `validate`."""
+    from ggufkit.checks import RULES
+
+    if json:
+        from ggufkit.report.document import document
+
+        print_line(document("rules", {"rules": [_rule_fields(rule) for rule in RULES.values()]}))
+        return
+    from ggufkit.report.text import validate as text
+
+    text.rules(stdout(), ((rule.code, rule.name, _severity(rule), rule.title) for rule in RULES.values()))
+
+
+@command
+def explain(code: Annotated[str, typer.Argument(metavar="CODE", help="A code (S201) or a name.")]) -> None:
+    """Explain a rule: what it looks at, why, a real case, what to do."""
+    from ggufkit import checks
+
+    rule = checks.explain(code)
+    print_line(f"{rule.code} {rule.name}  ({_severity(rule)}; {rule.family})\n\n{rule.doc}")
+
+
+def _files(sources: Iterable[str]) -> Iterable[str]:
+    """Every file that was named; of a directory the GGUF files in it, of a split set its first shard."""
+    from ggufkit.source import shard_paths
+
+    for source in sources:
+        if not Path(source).is_dir():
+            yield source
+            continue
+        found = sorted(Path(source).glob("*.gguf"))
+        if not found:
+            raise UsageError("holds no .gguf file", path=source)
+        yield from (str(path) for path in found if path == shard_paths(path)[0])
+
+
+def _check(path: str, select: list[str] | None, ignore: list[str] | None, profile: Profile, jobs: int | None) -> Report:
+    from ggufkit import checks
+
+    with progress(f"reading {Path(path).name}") as advance:
+        return checks.run(
+            path,
+            select=_codes(select),
+            ignore=_codes(ignore),
+            profile=profile,
+            jobs=jobs,
+            progress=lambda done, total: advance(done / max(total, 1)),
+        )
+
+
+def _with_run(result: Report, run: bool | None) -> Report:
+    """Say in the report that the model was not run, unless nobody expects it."""
+    from dataclasses import replace
+
+    if run is False or result.not_gguf:
+        return result
+    skip = Skipped("running the model", "`validate` only reads it here; `ggufkit run` runs it", asked=run is True)
+    return replace(result, skipped=(*result.skipped, skip))
+
+
+def _write(results: list[Report], shape: Format, output: Path | None) -> None:
+    if shape is not Format.TEXT:
+        from ggufkit.report import json_v1
+
+        indent = 2 if shape is Format.JSON else None
+        write_text("\n".join(json_v1.validate(result, indent=indent) for result in results), output)
+        return
+    if output is None:
+        _write_text(results, None)
+        return
+    with writing(output), output.open("w", encoding="utf-8") as file:
+        _write_text(results, file)
+
+
+def _write_text(results: list[Report], file: IO[str] | None) -> None:
+    from ggufkit.report.text import validate as text
+    from ggufkit.report.text.style import console
+
+    target = console(file)
+    for result in results:
+        text.report(target, result)
+    if len(results) > 1:
+        text.summary(target, results)
+
+
+def _codes(given: list[str] | None) -> list[str]:
+    """Codes from repeated options and comma-separated lists."""
+    return [code for part in given or () for code in part.replace(",", " ").split()]
+
+
+def _rule_fields(rule: Rule) -> dict[str, object]:
+    fields = ("code", "name", "family", "title", "confidence", "severity")
+    return {**{name: getattr(rule, name) for name in fields}, "needs": [need.value for need in rule.needs]}
+
+
+def _severity(rule: Rule) -> Severity:
+    return rule.severity["llama.cpp"]
