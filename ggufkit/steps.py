@@ -133,3 +133,11 @@ def sort_key(name: str) -> tuple[int, int]:
     if layer is not None:
         return (layer + 1, _ORDER[step])
     return (0, 0) if step == "embd" else (1 << 29, _ORDER[step])
+
+
+def future_keys(scores: Array, first_position: int) -> NDArray[np.bool_]:
+    """Which keys lie after their position, bool [T, 1, S], for kq or kq_soft_max [T, H, S] whose first row belongs to
+    `first_position`. What kq says of those keys is undefined."""
+    positions = np.arange(first_position, first_position + len(scores))
+    future: NDArray[np.bool_] = np.arange(scores.shape[-1]) > positions[:, None, None]
+    return future
