@@ -11,12 +11,15 @@ import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ggufkit.arch import ARCHITECTURES, known_models, read_config, role_of
 from ggufkit.container import GGUF, Field, Problem, Tensor, ValueType, text
 from ggufkit.errors import FormatError, GgufkitError, UsageError
 from ggufkit.memory import Memory, memory_needed
+
+if TYPE_CHECKING:
+    from ggufkit.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -194,6 +197,16 @@ class MetadataRow:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRow:
+    """One token of a text: what it stands for, as text and as bytes in hexadecimal."""
+
+    id: int
+    text: str
+    bytes: str
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Overview:
     """Everything that `inspect` knows. `template` is what `chat.facts` says, `problems` what the reader met."""
 
@@ -349,6 +362,19 @@ def metadata_value(gguf: GGUF, key: str) -> MetadataRow:
         hint = f"similar: {', '.join(close)}" if close else "`inspect --metadata` lists them"
         raise UsageError(f"there is no key {key!r}", path=str(gguf.path), help=hint)
     return MetadataRow(key, field.type_name, gguf.metadata[key], field.offset)
+
+
+def token_rows(tokenizer: Tokenizer, ids: Iterable[int]) -> tuple[TokenRow, ...]:
+    """What each id stands for.
+
+    Raises:
+        UsageError: an id is outside the vocabulary.
+    """
+    pairs = ((token, tokenizer.token_bytes(token)) for token in ids)
+    return tuple(
+        TokenRow(token, raw.decode("utf-8", "backslashreplace"), raw.hex(" "), tokenizer.is_special(token))
+        for token, raw in pairs
+    )
 
 
 def strings_at(gguf: GGUF, field: Field, indices: Iterable[int]) -> dict[int, str]:

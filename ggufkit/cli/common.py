@@ -144,12 +144,16 @@ def read_prompt(prompt: str) -> str:
     Raises:
         UsageError: stdin is no UTF-8 text.
     """
-    if prompt != "-":
-        return prompt
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"the prompt on stdin is not UTF-8: byte {error.start:,}", help="convert it first") from error
+    return _utf8(sys.stdin.buffer.read(), "stdin") if prompt == "-" else prompt
+
+
+def read_text(file: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        UsageError: it is no UTF-8 text.
+    """
+    return _utf8(file.read_bytes(), str(file))
 
 
 def numbers(text: str, what: str) -> list[int]:
@@ -162,6 +166,13 @@ def numbers(text: str, what: str) -> list[int]:
         return [int(part) for part in text.replace(" ", "").split(",") if part]
     except ValueError:
         raise UsageError(f"{what} are numbers separated by commas, not {text!r}") from None
+
+
+def _utf8(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError("is not UTF-8 text", path=name, offset=error.start, help="convert it first") from error
 
 
 def _error_fields(error: GgufkitError) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ggufkit.cli.common import Json, Source, command, print_line, progress, stdout, writing
+from ggufkit.cli.common import Json, Source, command, print_line, progress, read_prompt, read_text, stdout, writing
+from ggufkit.errors import UsageError
 
 if TYPE_CHECKING:
     from ggufkit.container import GGUF
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    for function in (inspect, plot):
+    for function in (inspect, tokenize, plot):
         app.command()(function)
 
 
@@ -42,6 +43,37 @@ def inspect(
         else:
             _print_overview(gguf, tensors, metadata, tokenizer)
         return 0 if gguf.complete and not gguf.problems else 1
+
+
+@command
+def tokenize(
+    source: Source,
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="What to cut up; - reads stdin.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", metavar="FILE", help="Take the text from a file.")] = None,
+    parse_special: Annotated[
+        bool, typer.Option(help="Whether <|im_end|> and the like in the text become their tokens.")
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Show how the file's tokenizer cuts a text up."""
+    from ggufkit import overview, reader
+    from ggufkit.tokenizer import Tokenizer
+
+    if (text is None) == (file is None):
+        raise UsageError("give a text or a --file, one of them", help="- reads the text from stdin")
+    whole = read_text(file) if file else read_prompt(text or "")
+    with reader.open(source) as gguf:
+        tokenizer = Tokenizer.from_metadata(gguf.metadata)
+        rows = overview.token_rows(tokenizer, tokenizer.encode(whole, parse_special=parse_special))
+    if json:
+        from ggufkit.report.document import document
+
+        body = {"source": source, "text": whole, "parse_special": parse_special, "count": len(rows), "tokens": rows}
+        print_line(document("tokenize", body))
+    else:
+        from ggufkit.report.text import tokenize as table
+
+        table.tokens(stdout(), rows, kind=f"{tokenizer.vocabulary.model}, {tokenizer.vocabulary.pre}")
 
 
 @command
