@@ -146,7 +146,7 @@ def _rms(x: NDArray[np.float64]) -> NDArray[np.float64]:
 class _Walk:
     def __init__(self, graph: Graph, weights: Weights, ids: Sequence[int], known: Mapping[Place, Array]) -> None:
         self.graph, self.weights, self.ids = graph, weights, ids
-        self.known = {place: known[place] for place in sorted(known, key=graph.order.__getitem__)}
+        self.known = {p: _whole_rows(p, known[p], len(ids)) for p in sorted(known, key=graph.order.__getitem__)}
         self.functions: dict[str, StepFunction] = dict(REFERENCE)
         self.evaluation = self._evaluation(self.functions)
         self.sightings: list[_Sighting] = []
@@ -308,6 +308,13 @@ def _key(variant: Variant) -> tuple[str, str]:
 
 def _names(explanation: Explanation) -> set[str]:
     return {explanation.name, *(name for name, _ in explanation.same_numbers_as)}
+
+
+def _whole_rows(place: Place, array: Array, n_keys: int) -> Array:
+    """Scores and probabilities with a column for every key: an engine that saw fewer left the rest at 0."""
+    if place[0] not in ("kq", "kq_soft_max") or array.shape[-1] >= n_keys:
+        return array
+    return np.pad(array, [(0, 0), (0, 0), (0, n_keys - array.shape[-1])])
 
 
 def _seen(place: Place, array: Array) -> Array:
