@@ -170,12 +170,11 @@ class Vocabulary:
         if len(set(merges)) != len(merges):
             merges = list(dict.fromkeys(merges))
         pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-        for index, (left, right) in enumerate(pairs):
-            if not (left and right):
-                raise FormatError(
-                    f"merge {index} of {_KEY}merges is {merges[index]!r}",
-                    expected="two tokens with a space between them",
-                )
+        if not all(map(all, pairs)):
+            index = next(i for i, pair in enumerate(pairs) if not all(pair))
+            raise FormatError(
+                f"merge {index} of {_KEY}merges is {merges[index]!r}", expected="two tokens with a space between them"
+            )
         return pairs
 
     def scores(self) -> npt.NDArray[np.float32]:
