@@ -277,7 +277,8 @@ class _Run:
         axis = 1 if self.has("softmax_over_heads") else 0 if self.has("softmax_over_queries") else 2
         powers = np.exp(masked - masked.max(axis=axis, keepdims=True))
         shares = powers / powers.sum(axis=axis, keepdims=True)
-        return np.nan_to_num(shares) if self.has("mask_off_by_one") else shares
+        hidden_rows = self.has("mask_off_by_one") or self.has("softmax_over_heads")
+        return np.nan_to_num(shares) if hidden_rows else shares
 
     def activate(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         sigmoid = 1 / (1 + np.exp(-gate))
