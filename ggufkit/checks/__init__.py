@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from ggufkit import reader
-from ggufkit.checks import rule as registry
 from ggufkit.checks import outliers, structure  # noqa: F401 - the families register their rules
+from ggufkit.checks import rule as registry
 from ggufkit.checks.context import Context, Measure, Progress
 from ggufkit.checks.facts import describe
 from ggufkit.checks.rule import FAMILIES, PROFILES, RULES, Found, Need, Profile, Rule

@@ -79,12 +79,11 @@ class Context:
 
     @cached_property
     def is_model(self) -> bool:
-        """Whether this looks like a language model with weights: not an adapter, a projector, a vocabulary alone."""
+        """Whether this is a language model with weights: not an adapter, a projector, a vocabulary, an image model."""
         if self.text("general.type") in _OTHER_TYPES or self.architecture in _OTHER_ARCHITECTURES:
             return False
-        return bool(self.gguf.tensors) and (
-            self.architecture is not None or any(name.startswith("blk.") for name in self.gguf.tensors)
-        )
+        named = any(name == "token_embd.weight" or name.startswith("blk.") for name in self.gguf.tensors)
+        return named or (bool(self.gguf.tensors) and self.architecture in arch.ARCHITECTURES)
 
     def arch_key(self, key: str) -> str:
         """`context_length` → `qwen2.context_length`."""
