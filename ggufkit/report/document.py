@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import PurePath
 from typing import Any
 
+from ggufkit.report.escape import shown
+
 VERSION = 1
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def document(command: str, body: Any, *, indent: int | None = 2) -> str:
@@ -37,8 +42,10 @@ def plain(value: Any) -> Any:
         TypeError: it holds something that has no such form.
     """
     match value:
-        case None | bool() | int() | str() if not isinstance(value, Enum):
+        case None | bool() | int() if not isinstance(value, Enum):
             return value
+        case str() if not isinstance(value, Enum):
+            return value if value.isascii() else _text(value)
         case Enum():
             return plain(value.value)
         case float():
@@ -54,6 +61,11 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # NumPy's arrays and scalars, without importing NumPy
         return plain(value.tolist())
     raise TypeError(f"{type(value).__name__} has no place in a JSON document")
+
+
+def _text(value: str) -> str:
+    """Bytes that were no UTF-8 as `\\xff`: half a surrogate pair is no valid JSON to most parsers."""
+    return _SURROGATE.sub(lambda match: shown(match[0]), value)
 
 
 def _number(value: float) -> float | str:
