@@ -59,9 +59,16 @@ class Weights:
     def packed(self, name: str) -> tuple[Tensor, NDArray[np.uint8]]:
         """A tensor's entry and its packed bytes as they are run, uint8 [rows, bytes of a row]."""
         tensor = self.gguf.tensor(name)
-        raw = self.gguf.read(tensor)
-        apply_edits(raw, self._edits.get(name, ()))
-        return tensor, raw.reshape(max(tensor.n_rows, 1), -1)
+        return tensor, self.packed_rows(name, 0, tensor.n_rows)
+
+    def packed_rows(self, name: str, first: int, count: int) -> NDArray[np.uint8]:
+        """The packed bytes of some rows as they are run, uint8 [count, bytes of a row]."""
+        tensor = self.gguf.tensor(name)
+        row_bytes = (tensor.nbytes or 0) // max(tensor.n_rows, 1)
+        start, size = first * row_bytes, count * row_bytes
+        raw = self.gguf.read(tensor, start, size)
+        apply_edits(raw, _within(self._edits.get(name, ()), start, size))
+        return raw.reshape(count, row_bytes)
 
     @contextmanager
     def patched(self, edits: Iterable[Edit]) -> Iterator[None]:
@@ -89,13 +96,9 @@ class Weights:
             self._kept.update(kept)
 
     def _decode(self, name: str, first_row: int, n_rows: int) -> Floats:
-        tensor = self.gguf.tensor(name)
-        row_bytes = (tensor.nbytes or 0) // max(tensor.n_rows, 1)
-        start, count = first_row * row_bytes, n_rows * row_bytes
-        raw = self.gguf.read(tensor, start, count)
-        apply_edits(raw, _within(self._edits.get(name, ()), start, count))
-        assert tensor.type is not None  # read() has refused unknown types
-        return quants.dequantize(tensor.type, raw, byteorder=self.gguf.byteorder)
+        raw, type_ = self.packed_rows(name, first_row, n_rows), self.gguf.tensor(name).type
+        assert type_ is not None  # read() has refused unknown types
+        return quants.dequantize(type_, raw, byteorder=self.gguf.byteorder)
 
 
 def _within(edits: Iterable[Edit], start: int, count: int) -> Iterator[Edit]:
