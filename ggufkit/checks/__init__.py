@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from ggufkit import reader
-from ggufkit.checks import outliers, structure  # noqa: F401 - the families register their rules
+from ggufkit.checks import metadata, outliers, structure, tensors, tokens  # noqa: F401 - the families register their rules
 from ggufkit.checks import rule as registry
 from ggufkit.checks.context import Context, Measure, Progress
 from ggufkit.checks.facts import describe
@@ -91,7 +91,7 @@ def examine(context: Context, rules: Iterable[Rule], *, source: str | None = Non
         tensors=len(context.gguf.tensors),
         rules_run=ran,
         rules=len(RULES),
-        skipped=(*failed, *_unread(context), *skipped),
+        skipped=(*failed, *context.skipped, *_unread(context), *skipped),
         facts=describe(context.gguf),
     )
 

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from ggufkit import arch, quants
 from ggufkit.checks.rule import Found, Need, Profile
+from ggufkit.checks.words import Words
 from ggufkit.container import GGUF, Tensor, ValueType
 from ggufkit.errors import GgufkitError
+from ggufkit.findings import Skipped
 
 if TYPE_CHECKING:
     from ggufkit.stats import TensorStats
@@ -55,6 +57,7 @@ class Context:
         self.gguf = gguf
         self.profile = profile
         self.unmeasured: dict[str, GgufkitError] = {}
+        self.skipped: list[Skipped] = []
         self._jobs = jobs or min(8, os.cpu_count() or 1)
         self._progress = progress
         self._measure = measure
@@ -62,6 +65,10 @@ class Context:
     def lacks(self, need: Need) -> str | None:
         """Why a rule with this need has nothing to look at; None when it has."""
         return _LACKS[need](self)
+
+    def skip(self, what: str, why: str, *, newer: bool = False) -> None:
+        """Say in the report that something could not be judged."""
+        self.skipped.append(Skipped(what, why, newer=newer))
 
     def problems(self, *kinds: str) -> Iterator[Found]:
         """What the reader reported of these kinds."""
@@ -117,6 +124,12 @@ class Context:
         """The byte offset of a key's value."""
         field = self.gguf.fields.get(key)
         return field.value_offset if field else None
+
+    @cached_property
+    def words(self) -> Words:
+        """The tokens, for rules that need a vocabulary."""
+        assert self.lacks(Need.VOCABULARY) is None
+        return Words(self.gguf)
 
     # -- derived ----------------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ _ROWS: tuple[Key, ...] = (
     Key("{arch}.attention.head_count", _U32, _PER_LAYER, 0, 1 << 14),
     Key("{arch}.attention.head_count_kv", _U32, _PER_LAYER, 0, 1 << 14),
     *_rows(_U32, "{arch}.attention.key_length {arch}.attention.value_length {arch}.rope.dimension_count", 1, 1 << 14),
-    *_rows(_F32, "{arch}.attention.layer_norm_epsilon {arch}.attention.layer_norm_rms_epsilon", 1e-12, 1e-2),
+    *_rows(_F32, "{arch}.attention.layer_norm_epsilon {arch}.attention.layer_norm_rms_epsilon", 1e-13, 1e-2),
     *_rows(_F32, "{arch}.rope.freq_base {arch}.rope.freq_base_swa", 1.0, 1e12),
     *_rows(_F32, "{arch}.rope.scaling.factor", 1e-3, 1e6),
     *_rows(_U32, "{arch}.rope.scaling.original_context_length", 1, 1 << 30),
