@@ -150,6 +150,7 @@ class _Walk:
         self.functions: dict[str, StepFunction] = dict(REFERENCE)
         self.evaluation = self._evaluation(self.functions)
         self.sightings: list[_Sighting] = []
+        self.in_force: list[Variant] = []
         self.first: Divergence | None = None
         self.noise: dict[str, int] = {}
         self.tried: set[str] = set()
@@ -178,10 +179,10 @@ class _Walk:
         error = self._error(place, self.evaluation.value(place))
         assumed = self._assumed(place)
         healthy = self._error(place, self._evaluation(REFERENCE).value(place)) if assumed else error
-        if healthy <= EXACT or (healthy <= min(error, self._tolerance(place)) and self._is_noise(place, healthy)):
+        if healthy <= EXACT or (healthy <= error and self._is_noise(place, healthy)):
             self._assume(dict.fromkeys(assumed, None))
             return
-        self._diverged(place, healthy, explained=bool(assumed) and error < min(self._tolerance(place), healthy / GAIN))
+        self._diverged(place, healthy, error if assumed else None)
 
     def _error(self, place: Place, expected: Array) -> float:
         return float(relative_error(_seen(place, self.known[place]), _seen(place, expected)).max())
@@ -190,9 +191,12 @@ class _Walk:
         """The steps that were computed for this one: itself and what is not known before it."""
         return self.graph.needed(place, self.known.keys())
 
+    def _steps(self, place: Place) -> set[str]:
+        return {step for step, _ in self._computed(place)}
+
     def _assumed(self, place: Place) -> set[str]:
         """The steps among the computed ones for which a fault is taken for granted."""
-        return {step for step, _ in self._computed(place) if self.functions[step] is not REFERENCE[step]}
+        return {step for step in self._steps(place) if self.functions[step] is not REFERENCE[step]}
 
     def _assume(self, changes: Mapping[str, StepFunction | None]) -> None:
         """From here on compute these steps so; None stands for the healthy way."""
@@ -201,32 +205,45 @@ class _Walk:
             self.evaluation = self._evaluation(self.functions)
 
     def _tolerance(self, place: Place) -> float:
-        products = any(step in PRODUCTS for step, _ in self._computed(place))
-        return INT8 if products else ROUNDED
+        return INT8 if self._steps(place).intersection(PRODUCTS) else ROUNDED
 
     def _is_noise(self, place: Place, error: float) -> bool:
-        """Whether rounding explains a small error: unless some fault explains it to the last bits. The faults are
-        asked in the first layers only; one that hides in the noise there hides in it everywhere."""
-        if place[1] is not None and place[1] > self._early:
+        """Whether rounding explains an error: one of the harmless faults reproduces it, or it is small and no fault
+        explains it to the last bits. The faults are asked about small errors in the first layers only; one that
+        hides in the noise there hides in it everywhere."""
+        small, early = error <= self._tolerance(place), self._is_early(place)
+        if small and not early:
             return True
         fits = self._fits(place, error, harmless=True)
         if fits and fits[0][0] < error / GAIN:
             title = fits[0][1].label
             self.noise[title] = self.noise.get(title, 0) + 1
             return True
-        return not any(residual < min(EXACT, error / 10 / GAIN) for residual, _ in self._fits(place, error))
+        return small and not any(left < min(EXACT, error / 10 / GAIN) for left, _ in self._fits(place, error))
 
-    def _diverged(self, place: Place, error: float, *, explained: bool) -> None:
-        """Note a step that does not follow. Where the faults found before explain it, only they are compared."""
+    def _is_early(self, place: Place) -> bool:
+        return place[1] is None or place[1] <= self._early
+
+    def _diverged(self, place: Place, error: float, left: float | None) -> None:
+        """Note a step that does not follow, with the faults that explain it.
+
+        Args:
+            left: the error under the fault that is taken for granted, if one is. Where that is small it has
+                explained the step already, and only in the first layers are its rivals asked again.
+        """
         limit = min(self._tolerance(place), error / GAIN)
-        among = [v for s in self.sightings for _, v in s.fits] if explained else None
-        fits = [fit for fit in self._fits(place, error, among=among) if fit[0] < limit]
+        explained = left is not None and left < limit
+        if explained and not self._is_early(place):
+            fits = [(left or 0.0, variant) for variant in self.in_force if variant.touches(self._steps(place))]
+        else:
+            among = [v for s in self.sightings for _, v in s.fits] if explained else None
+            fits = [fit for fit in self._fits(place, error, among=among) if fit[0] < limit]
         self.sightings.append(_Sighting(place, error, fits))
         if self.first is None:
             self.first = self._divergence(place)
         if fits and not explained:
-            healthy = dict.fromkeys((step for step, _ in self._computed(place)), None)
-            self._assume({**healthy, **fits[0][1].step_functions()})
+            self._assume({**dict.fromkeys(self._steps(place), None), **fits[0][1].step_functions()})
+            self.in_force = [v for v in self.in_force if v.fault is not fits[0][1].fault] + [fits[0][1]]
 
     def _divergence(self, place: Place) -> Divergence:
         expected = self._evaluation(REFERENCE).value(place)
@@ -241,9 +258,9 @@ class _Walk:
         self, place: Place, error: float, *, harmless: bool = False, among: Sequence[Variant] | None = None
     ) -> list[tuple[float, Variant]]:
         """Every variant that touches the step, or those `among` them, with the error that it leaves; best first."""
-        steps = {step for step, _ in self._computed(place)}
+        steps = self._steps(place)
         if among is not None:
-            batches = [list({_key(v): v for v in among if steps.intersection(v.fault.steps)}.values())]
+            batches = [list({_key(v): v for v in among if v.touches(steps)}.values())]
         else:
             faults = [f for f in FAULTS.values() if f.harmless == harmless and steps.intersection(f.steps)]
             self.tried.update(f.name for f in faults)

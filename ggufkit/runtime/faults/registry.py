@@ -58,6 +58,10 @@ class Variant:
         """Replacements for the reference's table, for all of its steps or `only` some."""
         return {step: self.function(step) for step in self.fault.steps if only is None or step in only}
 
+    def touches(self, steps: Iterable[str]) -> bool:
+        """Whether it changes one of these steps."""
+        return any(step in self.fault.steps for step in steps)
+
     def function(self, step: str) -> StepFunction:
         if self.value is None:
             return partial(self.fault.function, step=step)
