@@ -302,7 +302,7 @@ def padding_type(context: Context) -> Iterator[Found]:
     kinds = Counter(
         int(words.types[number])
         for number, token in enumerate(words.tokens)
-        if token.startswith("[PAD") and (match := _PADDING.fullmatch(token)) and int(match[1]) == number
+        if token[:4] == "[PAD" and (match := _PADDING.fullmatch(token)) and int(match[1]) == number
     )
     for kind, count in kinds.items():
         if kind != TokenType.UNUSED:
@@ -424,10 +424,11 @@ def odd_token(context: Context) -> Iterator[Found]:
     Fix. Fetch the file again.
     """
     words = context.words
-    for number, token in enumerate(words.tokens):
-        if not token:
-            yield Found(f"token {number} is empty", key=_KEY + "tokens", index=(number,), severity=INFO)
-        elif not token.isascii() and any("\udc80" <= character <= "\udcff" for character in token):
+    if "" in words.ids:
+        first, count = words.ids[""], words.tokens.count("")
+        yield Found(f"{count} tokens are empty, first {first}", key=_KEY + "tokens", index=(first,), severity=INFO)
+    for number, token in enumerate(() if words.is_utf8 else words.tokens):
+        if any("\udc80" <= character <= "\udcff" for character in token):
             yield Found(f"token {words.shown(number)} is no UTF-8", key=_KEY + "tokens", index=(number,))
 
 

@@ -38,15 +38,13 @@ class Words:
     @cached_property
     def tokens(self) -> list[str]:
         """The text of every token."""
-        return list(self._gguf.metadata[_KEY + "tokens"])
+        tokens: list[str] = self._gguf.metadata[_KEY + "tokens"]
+        return tokens
 
     @cached_property
     def ids(self) -> Mapping[str, int]:
         """Text → id; of equal texts the first."""
-        ids: dict[str, int] = {}
-        for number, token in enumerate(self.tokens):
-            ids.setdefault(token, number)
-        return ids
+        return dict(zip(reversed(self.tokens), range(len(self.tokens) - 1, -1, -1), strict=True))
 
     @cached_property
     def types(self) -> npt.NDArray[np.int32] | None:
@@ -63,7 +61,8 @@ class Words:
         field = self.field("merges")
         if field is None or field.element_type is not ValueType.STRING:
             return None
-        return list(self._gguf.metadata[field.key])
+        merges: list[str] = self._gguf.metadata[field.key]
+        return merges
 
     @cached_property
     def special(self) -> Mapping[str, int]:
@@ -75,6 +74,15 @@ class Words:
             if isinstance(value, int) and not isinstance(value, bool) and value not in (_NO_TOKEN, -1):
                 found[key] = value
         return found
+
+    @cached_property
+    def is_utf8(self) -> bool:
+        """Whether every token is text: none holds a byte that is no UTF-8."""
+        try:
+            "".join(self.tokens).encode()
+        except UnicodeEncodeError:
+            return False
+        return True
 
     @cached_property
     def vocabulary(self) -> Vocabulary | GgufkitError:
