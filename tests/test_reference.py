@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import plain_model
 import pytest
@@ -9,7 +12,9 @@ import tiny_models
 from tiny_models import NARROW, tiny_model
 
 from ggufkit import quants, reader
+from ggufkit.runtime import load
 from ggufkit.runtime.reference import REFERENCE, ReferenceEngine, layer_plan, matmul
+from ggufkit.runtime.sampling import log_sum_exp
 from ggufkit.steps import STEPS, Recorder
 
 IDS = [72, 105, 257, 3, 3, 200, 17, 90, 256, 1, 45, 12]
@@ -156,3 +161,42 @@ def test_llama_cpp_says_the_same_of_float_weights(tmp_path, arch, tied):
         expected = np.array(oracle.scores[: len(IDS)])
         oracle.close()
         assert np.abs(run(ReferenceEngine(gguf, np.float64)) - expected).max() < 2e-4
+
+
+# --- the real model against llama.cpp's golden numbers ---------------------------------------------------------
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "logits_qwen2.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module", params=["reference", "cpu"])
+def real_engine(real_model, request):
+    with reader.open(real_model) as gguf:
+        yield load(gguf, device=request.param)
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", list(GOLDEN["prompts"]))
+def test_llama_cpp_says_the_same_of_the_real_model(real_engine, prompt):
+    """Within what llama.cpp's int8 activations and f16 cache explain; teacher-forced, at every position."""
+    golden = {key: np.array(values) for key, values in GOLDEN["prompts"][prompt].items()}
+    logits = real_engine.forward(golden["ids"], real_engine.new_cache(64), logits="all")
+    sure = golden["margin"] > 0.5
+    assert sure.sum() > 10
+    assert np.array_equal(logits.argmax(-1)[sure], golden["top_ids"][sure, 0])
+    found = np.take_along_axis(logits, golden["top_ids"], axis=-1)
+    differences = np.concatenate(
+        [found - golden["top_logits"], logits[:, GOLDEN["columns"]] - golden["columns"]], axis=1
+    )
+    assert np.sqrt((differences**2).mean()) < 0.2
+    divergence = coarse_kl(golden["top_logits"] - golden["logsumexp"][:, None], found - log_sum_exp(logits)[:, None])
+    assert divergence.mean() < 0.005
+    assert divergence.max() < 0.05
+
+
+def coarse_kl(expected, found):
+    """KL divergence over the five likeliest tokens, each by itself, and all others together, which are at least 1e-4:
+    the golden numbers are rounded to that."""
+    shares = [np.exp(x) for x in (expected, found)]
+    p, q = (np.append(x, np.maximum(1 - x.sum(-1, keepdims=True), 1e-4), axis=-1) for x in shares)
+    return (p * np.log(p / q)).sum(-1)
