@@ -194,7 +194,7 @@ class _Pair:
         place = parse_name(self.name)
         assert place is not None  # a trace holds only names of steps
         assert row.position is not None  # it diverges somewhere
-        return Divergence(*place, row.position, row.error, pattern(place, self.a, self.b))
+        return Divergence(*place, row.position, row.error, pattern(self.a, self.b))
 
 
 def _aligned(name: str, a: Trace, b: Trace, differ: int | None) -> _Pair:

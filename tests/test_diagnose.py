@@ -166,7 +166,7 @@ def test_the_pattern_tells_positions_and_heads():
     expected = np.ones((6, 4, 8), np.float32)
     found = expected.copy()
     found[1:, 2:] += 1
-    assert pattern(("q_rope", 0), found, expected) == "positions 1 on, heads 2 on"
+    assert pattern(found, expected) == "positions 1 on, heads 2 on"
     found = expected.copy()
     found[3] += 1
-    assert pattern(("q_rope", 0), found, expected) == "position 3 alone, every head"
+    assert pattern(found, expected) == "position 3 alone, every head"

@@ -108,17 +108,38 @@ class _Sighting:
     fits: list[tuple[float, Variant]]
 
 
-def diagnose(graph: Graph, weights: Weights, ids: Sequence[int], known: Mapping[Place, Array]) -> Diagnosis:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some numbers of a step: what a printf shows, or a trace of a few positions.
+
+    Attributes:
+        at: which elements of the contract's [T, …], a slice an axis.
+        values: float, of the shape that these slices give.
+    """
+
+    at: tuple[slice, ...]
+    values: Array
+
+
+def diagnose(
+    graph: Graph,
+    weights: Weights,
+    ids: Sequence[int],
+    known: Mapping[Place, Array],
+    parts: Mapping[Place, Part] | None = None,
+) -> Diagnosis:
     """Explain a foreign trace of one prompt.
 
     Args:
         ids: the token ids, from position 0 on.
-        known: the trace, float [T, …] with the contract's shapes, all positions of `ids`.
+        known: steps of which all positions of `ids` are given, float [T, …] with the contract's shapes.
+        parts: steps of which only some numbers are given. What they leave open is taken to be as the reference,
+            or the fault that explains them, has it.
 
     Returns:
         The diagnosis; `faults` is empty for a healthy engine.
     """
-    return _Walk(graph, weights, ids, known).run()
+    return _Walk(graph, weights, ids, known, parts or {}).run()
 
 
 def relative_error(found: Array, expected: Array) -> NDArray[np.float64]:
@@ -144,9 +165,18 @@ def _rms(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 class _Walk:
-    def __init__(self, graph: Graph, weights: Weights, ids: Sequence[int], known: Mapping[Place, Array]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        weights: Weights,
+        ids: Sequence[int],
+        known: Mapping[Place, Array],
+        parts: Mapping[Place, Part],
+    ) -> None:
         self.graph, self.weights, self.ids = graph, weights, ids
-        self.known = {p: _whole_rows(p, known[p], len(ids)) for p in sorted(known, key=graph.order.__getitem__)}
+        self.places = sorted({*known, *parts}, key=graph.order.__getitem__)
+        self.known = {place: _whole_rows(place, array, len(ids)) for place, array in known.items()}
+        self.parts = {place: part for place, part in parts.items() if place not in known}
         self.functions: dict[str, StepFunction] = dict(REFERENCE)
         self.evaluation = self._evaluation(self.functions)
         self.sightings: list[_Sighting] = []
@@ -154,11 +184,11 @@ class _Walk:
         self.first: Divergence | None = None
         self.noise: dict[str, int] = {}
         self.tried: set[str] = set()
-        layers = [layer for _, layer in self.known if layer is not None]
+        layers = [layer for _, layer in self.places if layer is not None]
         self._early = min(layers, default=0) + 1
 
     def run(self) -> Diagnosis:
-        for place in self.known:
+        for place in self.places:
             self._look(place)
         faults = tuple(self._explanations())
         explained = {place for fault in faults for place in fault.places}
@@ -166,7 +196,7 @@ class _Walk:
             self.first,
             faults,
             tuple(n for s in self.sightings if (n := full_name(*s.place)) not in explained),
-            len(self.known),
+            len(self.places),
             self.noise,
             tuple(sorted(self.tried - {name for fault in faults for name in _names(fault)})),
         )
@@ -181,11 +211,21 @@ class _Walk:
         healthy = self._error(place, self._evaluation(REFERENCE).value(place)) if assumed else error
         if healthy <= EXACT or (healthy <= error and self._is_noise(place, healthy)):
             self._assume(dict.fromkeys(assumed, None))
-            return
-        self._diverged(place, healthy, error if assumed else None)
+        else:
+            self._diverged(place, healthy, error if assumed else None)
+        if place in self.parts:  # what it did not show is best guessed by what explains what it did
+            self.known[place] = self.evaluation.value(place)
 
     def _error(self, place: Place, expected: Array) -> float:
-        return float(relative_error(_seen(place, self.known[place]), _seen(place, expected)).max())
+        return float(relative_error(*self._pair(place, expected)).max())
+
+    def _pair(self, place: Place, expected: Array) -> tuple[Array, Array]:
+        """The foreign numbers of a step, and the expected ones where there are foreign ones."""
+        expected = _seen(place, expected)
+        if place in self.parts:
+            part = self.parts[place]
+            return part.values, expected[part.at]
+        return _seen(place, self.known[place]), expected
 
     def _computed(self, place: Place) -> list[Place]:
         """The steps that were computed for this one: itself and what is not known before it."""
@@ -246,13 +286,12 @@ class _Walk:
             self.in_force = [v for v in self.in_force if v.fault is not fits[0][1].fault] + [fits[0][1]]
 
     def _divergence(self, place: Place) -> Divergence:
-        expected = self._evaluation(REFERENCE).value(place)
-        found = _seen(place, self.known[place])
-        errors = relative_error(found, _seen(place, expected))
+        found, expected = self._pair(place, self._evaluation(REFERENCE).value(place))
+        errors = relative_error(found, expected)
         wrong = errors > max(EXACT, float(errors.max()) / 100)
-        return Divergence(
-            *place, int(np.argmax(wrong)), float(errors.max()), pattern(place, found, _seen(place, expected))
-        )
+        first = self.parts[place].at[0].start or 0 if place in self.parts else 0
+        position = first + int(np.argmax(wrong))
+        return Divergence(*place, position, float(errors.max()), pattern(found, expected))
 
     def _fits(
         self, place: Place, error: float, *, harmless: bool = False, among: Sequence[Variant] | None = None
@@ -294,17 +333,17 @@ class _Walk:
             rivals = {k for k, n in count.items() if n == most and k != _key(first)}
             chosen.append(self._explanation(first, mine, rivals))
             left = [s for s in left if s not in mine]
-        order = {full_name(*place): position for position, place in enumerate(self.known)}
+        order = {full_name(*place): position for position, place in enumerate(self.places)}
         yield from sorted(chosen, key=lambda e: order[e.places[0]])
 
     def _explanation(self, variant: Variant, sightings: list[_Sighting], rivals: set[tuple[str, str]]) -> Explanation:
         place = sightings[0].place
         residual = next(r for r, v in sightings[0].fits if _key(v) == _key(variant))
-        mine = _seen(place, self._predicted(place, variant))
+        mine = self._pair(place, self._predicted(place, variant))[1]
         same = tuple(
             (v.fault.name, v.label)
             for _, v in sightings[0].fits
-            if _key(v) in rivals and relative_error(_seen(place, self._predicted(place, v)), mine).max() < SAME
+            if _key(v) in rivals and relative_error(self._pair(place, self._predicted(place, v))[1], mine).max() < SAME
         )
         known_fault = variant.fault
         return Explanation(
@@ -342,7 +381,7 @@ def _seen(place: Place, array: Array) -> Array:
     return np.where(future, 0, array)
 
 
-def pattern(place: Place, found: Array, expected: Array) -> str:
+def pattern(found: Array, expected: Array) -> str:
     """Which positions and, where the step has heads, which heads are wrong, in words."""
     errors = relative_error(found, expected)
     limit = max(EXACT, float(errors.max()) / 100)
