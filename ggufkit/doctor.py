@@ -10,6 +10,7 @@ import ctypes
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -154,15 +155,17 @@ def _packages() -> Iterator[Check]:
             yield Check("packages", name, f"{metadata.version(name)} ({purpose})")
         except metadata.PackageNotFoundError:
             yield Check("packages", name, f"missing ({purpose})", State.BROKEN, f"pip install {name}")
-    yield _attempt("packages", "compiled kernels", _numba_cache, "pip install --force-reinstall numba llvmlite")
+    yield _attempt("packages", "compiled kernels", _kernel_cache, "set GGUFKIT_CACHE to a writable directory")
 
 
-def _numba_cache() -> str:
-    import numba
-    from numba.core import config
+def _kernel_cache() -> str:
+    """Where compiled kernels are kept, after trying that something can be written there."""
+    import platformdirs
 
-    place = config.CACHE_DIR or "beside the package, else the user's cache directory"
-    return f"numba {numba.__version__} works; compiled code is kept {place}"
+    place = Path(os.environ.get("GGUFKIT_CACHE") or platformdirs.user_cache_path("ggufkit"))
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=place):
+        return f"kept in {place}"
 
 
 def _gpu() -> Iterator[Check]:

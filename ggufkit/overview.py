@@ -19,6 +19,7 @@ from ggufkit.errors import FormatError, GgufkitError, UsageError
 from ggufkit.memory import Memory, memory_needed
 
 if TYPE_CHECKING:
+    from ggufkit.chat import TemplateFacts
     from ggufkit.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -172,6 +173,15 @@ class TokenizerFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Template:
+    """The chat templates: their names, what the default one says about itself, or why it cannot be read."""
+
+    names: tuple[str, ...]
+    facts: TemplateFacts | None
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRow:
     """One tensor, in both orders of dimensions: `shape` as NumPy has it, `dims` as the file has it."""
 
@@ -188,11 +198,12 @@ class TensorRow:
 
 @dataclass(frozen=True, slots=True)
 class MetadataRow:
-    """One key; `value` holds the scalar or string, or the first elements of an array."""
+    """One key; `value` holds the scalar or string, or the first elements of an array of `count`."""
 
     key: str
     type: str
     value: Any
+    count: int | None
     offset: int
 
 
@@ -208,13 +219,13 @@ class TokenRow:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """Everything that `inspect` knows. `template` is what `chat.facts` says, `problems` what the reader met."""
+    """Everything that `inspect` knows; `problems` is what the reader met."""
 
     file: FileFacts
     model: ModelFacts
     quantization: Quantization
     tokenizer: TokenizerFacts | None
-    template: Any
+    template: Template | None
     memory: tuple[Memory, ...]
     memory_note: str | None
     problems: tuple[Problem, ...]
@@ -312,14 +323,19 @@ def tokenizer_facts(gguf: GGUF, rows: int | None = None) -> TokenizerFacts | Non
     )
 
 
-def template_facts(gguf: GGUF) -> Any:
-    """What the chat template's syntax tree tells; None without a template. It is parsed, never rendered."""
-    source = _typed(gguf, "tokenizer.chat_template", str)
-    if source is None:
+def template_facts(gguf: GGUF) -> Template | None:
+    """What the chat templates' syntax tells; None without one. A template is parsed, never rendered."""
+    if not any(key.startswith("tokenizer.chat_template") for key in gguf.fields):
         return None
     from ggufkit import chat  # loads jinja2, which a file without a template need not pay for
 
-    return chat.facts(source)
+    names: tuple[str, ...] = ()
+    try:
+        sources = chat.templates(gguf.metadata)
+        names = tuple(sources)
+        return Template(names, chat.facts(sources["default"]) if "default" in sources else None, None)
+    except GgufkitError as error:
+        return Template(names, None, error.message)
 
 
 def tensor_rows(gguf: GGUF) -> tuple[TensorRow, ...]:
@@ -343,7 +359,7 @@ def tensor_rows(gguf: GGUF) -> tuple[TensorRow, ...]:
 def metadata_rows(gguf: GGUF, *, elements: int = 8) -> tuple[MetadataRow, ...]:
     """Every key with its value; of arrays the first few elements, without decoding the rest."""
     return tuple(
-        MetadataRow(field.key, field.type_name, _preview(gguf, field, elements), field.offset)
+        MetadataRow(field.key, field.type_name, _preview(gguf, field, elements), field.count, field.offset)
         for field in gguf.fields.values()
     )
 
@@ -361,7 +377,7 @@ def metadata_value(gguf: GGUF, key: str) -> MetadataRow:
         close = difflib.get_close_matches(key, gguf.fields, n=3, cutoff=0.5)
         hint = f"similar: {', '.join(close)}" if close else "`inspect --metadata` lists them"
         raise UsageError(f"there is no key {key!r}", path=str(gguf.path), help=hint)
-    return MetadataRow(key, field.type_name, gguf.metadata[key], field.offset)
+    return MetadataRow(key, field.type_name, gguf.metadata[key], field.count, field.offset)
 
 
 def token_rows(tokenizer: Tokenizer, ids: Iterable[int]) -> tuple[TokenRow, ...]:

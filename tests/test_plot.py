@@ -168,7 +168,7 @@ class TestPictures:
 
     @pytest.mark.parametrize("name", ["p.jpg", "p", "p.png.txt"])
     def test_other_endings_are_refused(self, tmp_path: Path, name: str) -> None:
-        with pytest.raises(UsageError, match="ending|ends"):
+        with pytest.raises(UsageError, match=r"ending|ends"):
             plot.save([], tmp_path / name, "title")
 
     def test_the_same_numbers_give_the_same_picture(self, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -23,13 +23,21 @@ from ggufkit.errors import DeviceError, GgufkitError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ggufkit.container import GGUF
+    from ggufkit.conversation import Words
+    from ggufkit.runtime.engine import Engine
+
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A GGUF file, or any file of a split set.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write to FILE, not to stdout.")]
-Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to run.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run.")]
+Dtype = Annotated[
+    Literal["float16", "float32", "float64"] | None,
+    typer.Option(help="Precision of the computation; float64 means the reference."),
+]
 Prompt = Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The prompt; - reads stdin.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")]
 System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")]
@@ -136,6 +144,33 @@ def progress(what: str, total: float | None = None) -> Iterator[Callable[[float]
 
     with Bar(stderr(), what, total) as bar:
         yield bar.update
+
+
+def load_engine(gguf: GGUF, device: str, dtype: str | None = None) -> Engine:
+    """An engine for the file, with what takes its time said on stderr."""
+    from ggufkit import runtime
+
+    with progress("loading", 1.0) as advance:
+        return runtime.load(
+            gguf,
+            device,
+            dtype=dtype,
+            note=note if stderr().is_terminal else None,
+            progress=lambda done, total: advance(done / max(total, 1)),
+        )
+
+
+def first_messages(words: Words, system: str | None) -> list[dict[str, str]]:
+    """What a conversation begins with.
+
+    Raises:
+        UsageError: a system message without a template that could hold it.
+    """
+    if system is None:
+        return []
+    if not words.templated:
+        raise UsageError("--system needs a chat template", help="leave it out; write what it says into the prompt")
+    return [{"role": "system", "content": system}]
 
 
 def read_prompt(prompt: str) -> str:

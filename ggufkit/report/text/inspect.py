@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.padding import Padding
@@ -19,6 +19,7 @@ from ggufkit.overview import (
     Overview,
     Quantization,
     SpecialToken,
+    Template,
     TensorRow,
     TokenizerFacts,
 )
@@ -36,6 +37,9 @@ from ggufkit.report.text.style import (
     share_text,
     show,
 )
+
+if TYPE_CHECKING:
+    from ggufkit.chat import TemplateFacts
 
 _MANY = 6  # values of one a layer that are still shown one by one
 
@@ -95,10 +99,10 @@ def values(rows: Iterable[MetadataRow], *, with_names: bool) -> None:
 
 
 def _value_text(row: MetadataRow) -> str:
-    if not row.type.endswith("]"):
+    if row.count is None:
         return number_text(row.value) if isinstance(row.value, float) else str(row.value)
-    items = ", ".join(repr(item) if isinstance(item, str) else str(item) for item in row.value)
-    return f"[{items}, …]"
+    items = [repr(item) if isinstance(item, str) else str(item) for item in row.value]
+    return f"[{', '.join([*items, '…'] if row.count > len(items) else items)}]"
 
 
 def _lines(value: Any) -> str:
@@ -128,7 +132,7 @@ def _model(model: ModelFacts) -> list[RenderableType]:
         ("parameters", _parameters(model)),
         *((label, _hyper_text(value)) for label, value in _hyperparameters(model)),
         ("license", from_file(model.general["license"]) if "license" in model.general else None),
-        ("problem", Text(shown(model.problem), "error") if model.problem else None),
+        ("problem", _error(model.problem)),
     ]
     return _section("Model", rows)
 
@@ -218,10 +222,36 @@ def _special_text(token: SpecialToken) -> Text:
     return Text.assemble(f"{token.id}  ", (shown(token.text, limit=60), "info"))
 
 
-def _template(template: Any) -> list[RenderableType]:
+def _template(template: Template | None) -> list[RenderableType]:
+    title = "Chat template"
     if template is None:
-        return _section("Chat template", [("", Text("the file has none: `run` takes prompts as they are", "note"))])
-    return _section("Chat template", [("facts", from_file(template))])
+        return _section(title, [("", Text("the file has none: `run` takes prompts as they are", "note"))])
+    others = ", ".join(name for name in template.names if name != "default")
+    rows: list[tuple[str, RenderableType | None]] = [("problem", _error(template.problem))]
+    if template.facts is not None:
+        rows += _template_facts(template.facts)
+    return _section(title, [*rows, ("others", from_file(others) if others else None)])
+
+
+def _template_facts(facts_: TemplateFacts) -> list[tuple[str, RenderableType | None]]:
+    knows = {
+        "a system message": facts_.has_system,
+        "tools": facts_.has_tools,
+        "the beginning of an answer": facts_.has_generation_prompt,
+        "the BOS token": facts_.adds_bos,
+    }
+    uncommon = ", ".join(facts_.uncommon)
+    return [
+        ("length", f"{facts_.size:,} characters"),
+        ("roles", from_file(", ".join(facts_.roles)) if facts_.roles else None),
+        ("knows", ", ".join(what for what, known in knows.items() if known)),
+        ("writes", from_file(", ".join(facts_.special_texts)) if facts_.special_texts else None),
+        ("uncommon", Text(f"{shown(uncommon)}: not in every engine", "warning") if uncommon else None),
+    ]
+
+
+def _error(message: str | None) -> Text | None:
+    return Text(shown(message), "error") if message else None
 
 
 def _memory(needed: Sequence[Memory], remark: str | None) -> list[RenderableType]:
