@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -18,17 +19,17 @@ DEVICES = ("auto", "cpu", "cuda", "reference")
 
 
 def load(
-    model: GGUF,
+    model: GGUF | str | os.PathLike[str],
     device: str = "auto",
     *,
     dtype: Any = None,
     note: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Engine:
-    """An engine that runs an opened model.
+    """An engine that runs a model.
 
     Args:
-        model: stays open as long as the engine is used.
+        model: an opened one, which must stay open as long as the engine is used, or the path of one.
         device: `cuda`, `cpu`, `reference` (plain NumPy, slow, the specification), or `auto`: the GPU when a usable
             one is there, else the CPU.
         dtype: of the computation; `float64` means the reference. By default what the device does best.
@@ -39,9 +40,14 @@ def load(
         UsageError: there is no such device, or it does not compute in this dtype.
         DeviceError: the GPU was asked for and cannot be used.
         Unsupported, FormatError, NewerThanTool: as `runtime.engine.runnable`.
+        SourceError, NotGGUF: the path cannot be opened.
     """
     if device not in DEVICES:
         raise UsageError(f"there is no device {device!r}", expected=", ".join(DEVICES))
+    if isinstance(model, str | os.PathLike):
+        from ggufkit import reader
+
+        model = reader.open(model)
     wanted = _dtype_name(dtype)
     if device == "auto":
         device = "reference" if wanted == "float64" else "cuda" if _gpu_usable() else "cpu"
