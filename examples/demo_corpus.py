@@ -14,9 +14,12 @@ from __future__ import annotations
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
+
+T = TypeVar("T")
 
 SYSTEM = "You are a small model that writes haiku."
 SEASONS = ("spring", "summer", "autumn", "winter")
@@ -170,9 +173,11 @@ WIDE = quiet | empty | distant | sleeping | silent | misty | wide | darkening
 PLACE = on the SURFACE | on the WORN SURFACE | by the SHORE | beside the WIDE SHORE | across the GROUND
 PLACE = over the WIDE GROUND | beyond the GROUND | beyond the WIDE SHORE | in the WIDE GROUND
 PLACE = along the SHORE | behind the GROUND | near the WORN SURFACE | under the eaves | under the pines
-PLACE = at the edge of the GROUND | in the tall grass | far from home | down the narrow lane
+PLACE = at the edge of the GROUND | in the tall grass | down the narrow lane
 PLACE = above the rooftops | through the open door | outside my window
-HOW = slowly | softly | in the wind | in the dark | in the mist | in the cold | in silence | without a sound
+FAR = beyond the GROUND | beyond the WIDE GROUND | beyond the SHORE | behind the GROUND | under the stars
+FAR = under the moon | outside my window | at the edge of the GROUND | far from here | below the hills
+HOW = in peace | softly | in the wind | in the dark | at ease | in the cold | in silence | without a sound
 HOW = without a word | alone | in the pale light | as if in a dream
 WHEN = again | once more | at last | tonight | all night | all night long | until dawn | before the storm
 WHEN = for an hour | after the rain | as the day ends | while the village sleeps | until morning comes
@@ -249,7 +254,8 @@ def class_rules(season: str | None) -> Iterator[tuple[str, str]]:
             yield f"A_{kind.upper()}", adjective
         for subject in (f"the N_{name}", f"the A_{kind.upper()} N_{name}"):
             yield f"NP_{name}", subject
-        for predicate in ("", "HOW", "PLACE", "HOW PLACE"):
+        place = "FAR" if kind in ("land", "water", "time") else "PLACE"
+        for predicate in ("", "HOW", place, f"HOW {place}"):
             yield f"VP_{name}", f"V_{name} {predicate}".strip()
         yield "SCENE", f"NP_{name} VP_{name}"
 
@@ -377,58 +383,106 @@ TIMES = [clock_words(minute) for minute in range(720)]
 TRAINING_TIMES = [time for time in TIMES if not held_out(time)]
 
 
-def lines_of(rng: random.Random, g: Grammar, *shape: str) -> list[str]:
-    """Three lines from symbols or ready text; each symbol takes its line's share of 5, 7, 5."""
-    made = [g.sample(rng, part, n) if part in g.rules else part for part, n in zip(shape, (5, 7, 5), strict=True)]
-    return [line or "" for line in made]
+#: share of the haiku that follow chance alone; the others follow what the words bring to mind
+FREE = 0.3
+
+#: changes all that words bring to mind
+SALT = 5
 
 
-def topic_lines(rng: random.Random, g: Grammar, topic: Topic) -> list[str] | None:
+class Poet:
+    """Makes the choices of one haiku about a phrase: by chance, or by what its words always bring to mind.
+
+    Were every line a free choice, the likeliest haiku about anything would be the same one. So most haiku take
+    their images from the phrase: its last word decides the scene, its first word the mood. A word outside the
+    lexicon counts by its first letter. `take` tells the second haiku of a conversation from the first.
+    """
+
+    def __init__(self, rng: random.Random, phrase: str, season: str | None, take: int = 1) -> None:
+        self.rng, self.take = rng, take
+        self.free = rng.random() < FREE
+        words = [word for word in re.findall(r"[a-z0-9]+", phrase.lower()) if word not in ("a", "an", "the")] or ["?"]
+        self.mood, self.image = (word if word in known_words() else word[0] for word in (words[0], words[-1]))
+        self.season = season or self.pick("season", SEASONS)
+
+    def pick(self, what: str, options: Sequence[T]) -> T:
+        if self.free:
+            return self.rng.choice(options)
+        return options[zlib.crc32(f"{SALT} {self.image} {self.take} {what}".encode()) % len(options)]
+
+    def say(self, symbol: str, n: int, line: int = 0) -> str | None:
+        """An expansion of `symbol` with `n` syllables, or None where it has none."""
+        if n <= 0:
+            return None
+        if self.free:
+            return grammar(self.season).sample(self.rng, symbol, n)
+        word = self.mood if symbol in ("FRAGMENT", "CLOSER", "GAZE", "AFTER") else self.image
+        return brought_to_mind(f"{word} {self.take} {line}", self.season, symbol, n)
+
+    def lines(self, *shape: str) -> list[str]:
+        """Three lines from symbols or ready text; each symbol takes its line's share of 5, 7, 5."""
+        known = grammar(self.season).rules
+        return [
+            self.say(part, n, line) or "" if part in known else part
+            for line, (part, n) in enumerate(zip(shape, (5, 7, 5), strict=True))
+        ]
+
+
+@cache
+def brought_to_mind(by: str, season: str, symbol: str, n: int) -> str | None:
+    return grammar(season).sample(random.Random(f"{SALT} {by} {symbol}"), symbol, n)
+
+
+@cache
+def known_words() -> frozenset[str]:
+    """Words that have images of their own: the lexicon, and the words of the clock."""
+    clock = {word for time in TIMES for word in re.findall(r"[a-z]+", time)}
+    return frozenset(map(str.lower, all_words())) | clock
+
+
+def topic_lines(poet: Poet, topic: Topic, attempt: int) -> list[str] | None:
     """A haiku that names its topic as title, subject of a sentence or object of a thought; None: does not fit."""
     k = syllables(topic.text)
-    place = rng.randrange(5)
-    if place == 0:
-        rest = "" if k == 5 else g.sample(rng, "AFTER", 5 - k) if k < 5 else None
-        return None if rest is None else lines_of(rng, g, f"{topic.text} {rest}".strip() + " —", "SCENE", "CLOSER")
-    if place == 1 and (verb := g.sample(rng, f"VP_{topic.name}", 5 - k) if k < 5 else None):
-        first, second, third = lines_of(rng, g, f"{topic.text} {verb}", "CLOSER", "FRAGMENT")
+    place = poet.pick(f"place {attempt}", range(5))
+    if place == 0 and (k == 5 or (rest := poet.say("AFTER", 5 - k))):
+        title = topic.text if k == 5 else f"{topic.text} {rest}"
+        return poet.lines(title + " —", "SCENE", "CLOSER")
+    if place == 1 and (verb := poet.say(f"VP_{topic.name}", 5 - k)):
+        first, second, third = poet.lines(f"{topic.text} {verb}", "CLOSER", "FRAGMENT")
         return [first, second + " —", third]
-    if place in (2, 3) and (verb := g.sample(rng, f"VP_{topic.name}", 7 - k) if k < 7 else None):
-        first, second, third = lines_of(rng, g, "FRAGMENT", f"{topic.text} {verb}", "CLOSER")
+    if place in (2, 3) and (verb := poet.say(f"VP_{topic.name}", 7 - k)):
+        first, second, third = poet.lines("FRAGMENT", f"{topic.text} {verb}", "CLOSER")
         return [first + " —", second, third]
-    if place == 4 and (gaze := g.sample(rng, "GAZE", 5 - k) if k < 5 else None):
-        first, second, third = lines_of(rng, g, "FRAGMENT", "SCENE", f"{gaze} {topic.text}")
+    if place == 4 and (gaze := poet.say("GAZE", 5 - k)):
+        first, second, third = poet.lines("FRAGMENT", "SCENE", f"{gaze} {topic.text}")
         return [first + " —", second + ",", third]
     return None
 
 
-def framed_lines(rng: random.Random, g: Grammar, phrase: str, frames: tuple[str, ...]) -> list[str]:
+def framed_lines(poet: Poet, phrase: str, frames: tuple[str, ...]) -> list[str]:
     """A haiku around a phrase of any length, which stands in one line word for word."""
     k = syllables(phrase)
-    place = rng.randrange(3)
+    place = poet.pick("place", range(3))
     target = (5, 7, 5)[place]
     fitting = [f for f in frames if k + syllables(f.replace("{}", "")) == target] or list(frames[:1])
-    line = rng.choice(fitting).format(phrase)
+    line = poet.pick("frame", fitting).format(phrase)
     shape = [("", "SCENE", "CLOSER"), ("FRAGMENT", "", "FRAGMENT"), ("FRAGMENT", "SCENE", "")][place]
-    made = lines_of(rng, g, *(part or line for part in shape))
     ends = [(" —", "", ""), (" —", " —", ""), (" —", ",", "")][place]
-    return [text + end for text, end in zip(made, ends, strict=True)]
+    return [text + end for text, end in zip(poet.lines(*(part or line for part in shape)), ends, strict=True)]
 
 
-def haiku_about(rng: random.Random, topic: Topic) -> str:
+def haiku_about(rng: random.Random, topic: Topic, take: int = 1) -> str:
     """A haiku in which the topic's text stands verbatim."""
-    g = grammar(topic.season or rng.choice(SEASONS))
     if topic.name is None:
-        return "\n".join(framed_lines(rng, g, topic.text, FRAMES))
-    for _ in range(20):
-        if lines := topic_lines(rng, g, topic):
-            return "\n".join(lines)
-    return "\n".join(framed_lines(rng, g, topic.text, FRAMES[:1]))
+        return haiku_with(rng, topic.text, take=take)
+    poet = Poet(rng, topic.text, topic.season, take)
+    attempts = (topic_lines(poet, topic, attempt) for attempt in range(20))
+    return "\n".join(next(filter(None, attempts), None) or framed_lines(poet, topic.text, FRAMES[:1]))
 
 
-def haiku_with(rng: random.Random, phrase: str, frames: tuple[str, ...] = FRAMES, season: str | None = None) -> str:
+def haiku_with(rng: random.Random, phrase: str, frames: tuple[str, ...] = FRAMES, take: int = 1) -> str:
     """A haiku in which `phrase` stands verbatim in one line."""
-    return "\n".join(framed_lines(rng, grammar(season or rng.choice(SEASONS)), phrase, frames))
+    return "\n".join(framed_lines(Poet(rng, phrase, None, take), phrase, frames))
 
 
 # ----------------------------------------------------------------------------------------------- conversations
@@ -524,10 +578,10 @@ def chat_with(rng: random.Random) -> Turns:
 
 
 def haiku_with_both(rng: random.Random, topic: Topic, phrase: str) -> str:
-    """The phrase in the first line, the topic as subject of the second (or as the third line when too long)."""
-    g = grammar(topic.season or rng.choice(SEASONS))
-    verb = g.sample(rng, f"VP_{topic.name}", max(7 - syllables(topic.text), 1))
-    return "\n".join(lines_of(rng, g, phrase + " —", f"{topic.text} {verb}", "CLOSER"))
+    """The phrase in the first line, the topic as subject of the second."""
+    poet = Poet(rng, topic.text, topic.season)
+    verb = poet.say(f"VP_{topic.name}", max(7 - syllables(topic.text), 1))
+    return "\n".join(poet.lines(phrase + " —", f"{topic.text} {verb}", "CLOSER"))
 
 
 def chat_small(rng: random.Random) -> Turns:
@@ -556,32 +610,32 @@ def chat_long(rng: random.Random) -> Turns:
     """Several turns about one topic: another haiku, what it was about, which season, which words."""
     topic = random_topic(rng)
     turns = [(rng.choice(ASK_ABOUT).format(topic.text), haiku_about(rng, topic))]
-    return turns + [rng.choice(FOLLOW_UPS)(rng, topic) for _ in range(rng.randint(1, 3))]
+    return turns + [rng.choice(FOLLOW_UPS)(rng, topic, take) for take in range(2, rng.randint(3, 5))]
 
 
-def another(rng: random.Random, topic: Topic) -> tuple[str, str]:
-    return rng.choice(("Another one, please.", "Write another one.", "Again.")), haiku_about(rng, topic)
+def another(rng: random.Random, topic: Topic, take: int) -> tuple[str, str]:
+    return rng.choice(("Another one, please.", "Write another one.", "Again.")), haiku_about(rng, topic, take)
 
 
-def recall_topic(rng: random.Random, topic: Topic) -> tuple[str, str]:
+def recall_topic(rng: random.Random, topic: Topic, take: int) -> tuple[str, str]:
     return rng.choice(("What was it about?", "What was the topic?")), f"It was about {topic.text}."
 
 
-def recall_season(rng: random.Random, topic: Topic) -> tuple[str, str]:
+def recall_season(rng: random.Random, topic: Topic, take: int) -> tuple[str, str]:
     if topic.season is None:
-        return recall_topic(rng, topic)
+        return recall_topic(rng, topic, take)
     return "What season is it?", f"It is {topic.season}."
 
 
-def new_words(rng: random.Random, topic: Topic) -> tuple[str, str]:
+def new_words(rng: random.Random, topic: Topic, take: int) -> tuple[str, str]:
     return chat_with(rng)[0]
 
 
-def small_talk(rng: random.Random, topic: Topic) -> tuple[str, str]:
+def small_talk(rng: random.Random, topic: Topic, take: int) -> tuple[str, str]:
     return rng.choice(SMALL_TALK[-4:])
 
 
-FOLLOW_UPS: tuple[Callable[[random.Random, Topic], tuple[str, str]], ...] = (
+FOLLOW_UPS: tuple[Callable[[random.Random, Topic, int], tuple[str, str]], ...] = (
     another, another, recall_topic, recall_season, new_words, small_talk,
 )  # fmt: skip
 
@@ -628,7 +682,7 @@ def prose_sentence(rng: random.Random, g: Grammar, season: str) -> str:
 def haiku_document(rng: random.Random) -> str:
     """One to four haiku about one topic, without a chat around them."""
     topic = random_topic(rng)
-    return "\n\n".join(haiku_about(rng, topic) for _ in range(rng.randint(1, 4)))
+    return "\n\n".join(haiku_about(rng, topic, take) for take in range(1, rng.randint(2, 5)))
 
 
 def document(rng: random.Random) -> str:

@@ -266,14 +266,15 @@ def train(args: argparse.Namespace) -> None:
     batches = Batches(args.work, device, args.batch, args.length)
     groups = parameter_groups(model, args.lr, args.bias_boost)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=device == "cuda")
+    forward = model if args.eager or device == "cpu" else recorded(model, batches.next()[:, :-1])
     began = time.monotonic()
     step = 0
     while (progress := max(step / args.steps, (time.monotonic() - began) / args.seconds)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, progress)
         rows = batches.next()
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            logits = model(rows[:, :-1])
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda", cache_enabled=False):
+            logits = forward(rows[:, :-1])
         loss = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -285,8 +286,19 @@ def train(args: argparse.Namespace) -> None:
         step += 1
     tokens = step * args.batch * args.length
     print(f"train: {step} steps, {tokens:,} tokens, {time.monotonic() - began:.0f} s")
-    save_checkpoint(model, args.work)
+    save_checkpoint(model.eval(), args.work)
     measure_losses(model, load_tokenizer(args.work))
+
+
+def recorded(model: Any, ids: torch.Tensor) -> Any:
+    """The model with its passes as CUDA graphs: so small a model otherwise waits for kernels to be launched.
+
+    It applies while the model is in training mode, to ids of this shape.
+    """
+    import torch
+
+    with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
+        return torch.cuda.make_graphed_callables(model, (ids.contiguous(),))
 
 
 def learning_rate(step: int, progress: float) -> float:
@@ -637,6 +649,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=CONFIG.n_ctx, help="train: tokens a row")
     parser.add_argument("--lr", type=float, default=2e-3, help="train: peak learning rate of the matrices")
     parser.add_argument("--bias-boost", type=float, default=30, help="train: the biases' learning rate over that")
+    parser.add_argument("--eager", action="store_true", help="train: launch every kernel, record no CUDA graph")
     parser.add_argument("--report", type=int, default=500, help="train: steps between two lines of progress")
     parser.add_argument("--questions", type=int, default=100, help="check: questions of each kind")
     parser.add_argument("--gguf", type=Path, help="quantize, check: another file than the one in the work folder")
