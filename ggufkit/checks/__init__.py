@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from ggufkit import reader
-from ggufkit.checks import metadata, outliers, structure, tensors, tokens  # noqa: F401 - the families register their rules
+from ggufkit.checks import metadata, outliers, structure, template, tensors, tokens  # noqa: F401 - the families register their rules
 from ggufkit.checks import rule as registry
 from ggufkit.checks.context import Context, Measure, Progress
 from ggufkit.checks.facts import describe

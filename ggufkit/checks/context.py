@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ggufkit import arch, quants
+from ggufkit import arch, chat, quants
+from ggufkit.chat import TemplateError, TemplateFacts
 from ggufkit.checks.rule import Found, Need, Profile
 from ggufkit.checks.words import Words
 from ggufkit.container import GGUF, Tensor, ValueType
@@ -32,6 +33,7 @@ Measure = Callable[[GGUF, Tensor], "TensorStats"]
 
 #: a vector larger than this is no bias or norm
 _VECTOR_BYTES = 4 << 20
+_TEMPLATE = "tokenizer.chat_template"
 #: values of general.type, and architectures, that are no language model by themselves
 _OTHER_TYPES = frozenset({"adapter", "mmproj", "imatrix", "projector"})
 _OTHER_ARCHITECTURES = frozenset({"clip", "controlvector", "imatrix"})
@@ -130,6 +132,18 @@ class Context:
         """The tokens, for rules that need a vocabulary."""
         assert self.lacks(Need.VOCABULARY) is None
         return Words(self.gguf)
+
+    @cached_property
+    def templates(self) -> Mapping[str, TemplateFacts | TemplateError]:
+        """Every chat template by its key: what it says about itself, or why it cannot be read. None is ever run."""
+        read: dict[str, TemplateFacts | TemplateError] = {}
+        for key in self.gguf.fields:
+            if (key == _TEMPLATE or key.startswith(_TEMPLATE + ".")) and (text := self.text(key)) is not None:
+                try:
+                    read[key] = chat.facts(text)
+                except TemplateError as error:
+                    read[key] = error
+        return read
 
     # -- derived ----------------------------------------------------------------------------------------------
 
@@ -238,7 +252,8 @@ def _no_vocabulary(context: Context) -> str | None:
 
 
 def _no_template(context: Context) -> str | None:
-    return None if context.text("tokenizer.chat_template") is not None else "the file has no chat template"
+    has_one = any(key == _TEMPLATE or key.startswith(_TEMPLATE + ".") for key in context.gguf.fields)
+    return None if has_one else "the file has no chat template"
 
 
 _LACKS: dict[Need, Callable[[Context], str | None]] = {

@@ -47,7 +47,7 @@ class Need(Enum):
     MODEL = "a language model with weights"
     CONFIG = "an architecture that is modelled here, with consistent hyperparameters"
     VOCABULARY = "a vocabulary"
-    TEMPLATE = "a chat template that parses"
+    TEMPLATE = "a chat template"
     DATA = "the tensors' data"
 
 

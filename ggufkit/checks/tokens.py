@@ -41,11 +41,14 @@ class _Fingerprint:
     token: int
     text: str
     pre: frozenset[str]
+    eos: frozenset[int]
 
 
+_QWEN_PRE = frozenset({"qwen2", "deepseek-r1-qwen", "qwen35"})
+_LLAMA_PRE = frozenset({"llama-bpe", "llama3", "llama-v3", "smaug-bpe"})
 _FINGERPRINTS = (
-    _Fingerprint("Qwen2", 151_643, "<|endoftext|>", frozenset({"qwen2", "deepseek-r1-qwen", "qwen35"})),
-    _Fingerprint("Llama 3", 128_000, "<|begin_of_text|>", frozenset({"llama-bpe", "llama3", "llama-v3", "smaug-bpe"})),
+    _Fingerprint("Qwen2", 151_643, "<|endoftext|>", _QWEN_PRE, frozenset({151_643, 151_645})),
+    _Fingerprint("Llama 3", 128_000, "<|begin_of_text|>", _LLAMA_PRE, frozenset({128_001, 128_008, 128_009})),
 )
 
 
@@ -95,11 +98,15 @@ def pre_tokenizer(context: Context) -> Iterator[Found]:
         return
     if words.pre is None and context.is_model:
         yield Found(f"{key} is missing: loaders fall back to a default pattern", key=key)
-    for known in _FINGERPRINTS if words.pre is not None else ():
-        if words.tokens[known.token : known.token + 1] == [known.text] and words.pre not in known.pre:
+    for known in _recognized(words) if words.pre is not None else ():
+        if words.pre not in known.pre:
             usual = " or ".join(sorted(known.pre))
             message = f"{key} is {words.pre!r}, but this is the vocabulary of {known.name}, used with {usual}"
             yield Found(message, key=key, value=words.pre, confidence=Confidence.MEDIUM)
+
+
+def _recognized(words: Words) -> Iterator[_Fingerprint]:
+    return (known for known in _FINGERPRINTS if words.tokens[known.token : known.token + 1] == [known.text])
 
 
 @rule("T103", "tokenizer-lengths", ERROR, needs=[Need.VOCABULARY])
@@ -214,6 +221,29 @@ def special_type(context: Context) -> Iterator[Found]:
 
 def _type_name(kind: int | None) -> str:
     return TokenType(kind).name.lower() if kind is not None and 0 <= kind <= 6 else str(kind)
+
+
+@rule("T116", "eos-unusual", WARNING, confidence=Confidence.MEDIUM, needs=[Need.VOCABULARY])
+def eos_unusual(context: Context) -> Iterator[Found]:
+    """EOS is a token that models with this vocabulary never end with.
+
+    What. Two widely used vocabularies are recognized by one of their tokens; the ends that their models use are known.
+
+    Why. The model says its own end token, the program waits for another one, and the answer never stops.
+
+    Case. An EOS id shifted by one: <|im_start|> instead of <|im_end|>.
+
+    Fix. Set tokenizer.ggml.eos_token_id to the original model's.
+    """
+    key = _KEY + "eos_token_id"
+    eos = context.words.special.get(key)
+    for known in _recognized(context.words):
+        if eos is not None and 0 <= eos < len(context.words.tokens) and eos not in known.eos:
+            usual = " or ".join(context.words.shown(token) for token in sorted(known.eos))
+            message = (
+                f"{key} is {context.words.shown(eos)}; models with the vocabulary of {known.name} end with {usual}"
+            )
+            yield Found(message, key=key, offset=context.place(key), value=eos)
 
 
 @rule("T108", "merges", ERROR, needs=[Need.VOCABULARY])
