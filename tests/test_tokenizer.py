@@ -187,7 +187,7 @@ BPE, SPM = Tokenizer.from_metadata(bpe({"<|im_end|>": C})), Tokenizer.from_metad
 @settings(max_examples=300, deadline=None)
 def test_decoding_inverts_encoding(text: str) -> None:
     assert BPE.decode(BPE.encode(text)) == text
-    # SentencePiece has one spelling for a space and for the character that it writes spaces with
+    # SentencePiece spells a space with a character that therefore comes back as a space
     assert SPM.decode(SPM.encode(text), skip_special=True) == text.replace("▁", " ").replace("<s>", "").replace(
         "</s>", ""
     )
