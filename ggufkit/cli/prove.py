@@ -1,4 +1,5 @@
-"""Commands on the steps of the forward pass: trace writes them, compare holds two against each other."""
+"""Commands on the steps of the forward pass: trace writes them, compare holds two traces against each other, and
+diagnose names the bug of the engine that wrote one."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from ggufkit.cli.common import (
     note,
     numbers,
     print_line,
+    progress,
     read_prompt,
     stdout,
 )
@@ -38,7 +40,7 @@ TraceFile = Annotated[Path, typer.Argument(metavar="TRACE.safetensors", help="A 
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    for function in (trace, compare):
+    for function in (trace, compare, diagnose):
         app.command()(function)
 
 
@@ -112,6 +114,37 @@ def compare(
 
         text.comparison(stdout(), found, str(a), str(b))
     return 0 if found.agree else 1
+
+
+@command
+def diagnose(
+    source: Source,
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="Your engine's trace: .safetensors, or a text log.")],
+    prompt: Prompt = None,
+    raw: Raw = False,
+    system: System = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="1,2,3", help="The token ids, for a text that does not say them.")
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Name the bug of an engine from its trace. Exits with 1 when something is wrong with it."""
+    from ggufkit import diagnosis, reader
+
+    ids = None if tokens is None else tuple(numbers(tokens, "--tokens"))
+    with reader.open(source) as gguf, progress("comparing every step"):
+        found = diagnosis.diagnose(
+            gguf, trace, token_ids=ids, prompt=None if prompt is None else read_prompt(prompt), raw=raw, system=system
+        )
+    if json:
+        from ggufkit.report.document import document
+
+        print_line(document("diagnose", {"source": source, "trace": str(trace), **found.as_document()}))
+    else:
+        from ggufkit.report.text import diagnose as text
+
+        text.diagnosis(stdout(), found.numbers, found.words, found.notes)
+    return found.exit_code
 
 
 def _plan(

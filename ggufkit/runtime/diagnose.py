@@ -302,7 +302,7 @@ class _Walk:
             batches = [list({_key(v): v for v in among if v.touches(steps)}.values())]
         else:
             faults = [f for f in FAULTS.values() if f.harmless == harmless and steps.intersection(f.steps)]
-            self.tried.update(f.name for f in faults)
+            self.tried.update(f.name for f in faults if not harmless)
             sizes = [f.variants(self.graph.config) for f in faults]
             batches = [[v for s in sizes for v in s[:_FIRST_VALUES]], [v for s in sizes for v in s[_FIRST_VALUES:]]]
         fits: list[tuple[float, Variant]] = []
