@@ -110,6 +110,10 @@ def test_no_temperature_takes_the_likeliest(temperature):
     assert {sampler(LOGITS).id for _ in range(50)} == {1}
 
 
+def test_greedy_needs_no_seed():
+    assert Sampler().seed is None
+
+
 def test_greedy_takes_the_first_of_equals():
     assert Sampler()(np.array([0, 2, 2, 1], np.float32)).id == 1
 

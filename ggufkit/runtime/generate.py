@@ -53,7 +53,7 @@ class Generation:
         not_finite: the first step that was NaN or infinite somewhere; None is as it should be.
         seconds_to_first: from the start to the first token.
         prompt_rate, decode_rate: tokens a second; None without any.
-        seed: of the sampler.
+        seed: of the sampler; None if greedy.
     """
 
     n_prompt: int
@@ -71,7 +71,7 @@ class Generation:
     seconds_to_first: float | None
     prompt_rate: float | None
     decode_rate: float | None
-    seed: int
+    seed: int | None
 
 
 class Session:

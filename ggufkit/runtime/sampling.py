@@ -82,12 +82,13 @@ class Sampler:
     """Chooses tokens one after the other.
 
     Attributes:
-        seed: what its generator was seeded with, so that a run can be repeated.
+        seed: what its generator was seeded with, so that a run can be repeated; None if greedy without one.
     """
 
     def __init__(self, params: SamplingParams = GREEDY) -> None:
         self.params = params
-        self.seed = secrets.randbits(32) if params.seed is None else params.seed
+        drawn = params.seed is None and not params.greedy
+        self.seed = secrets.randbits(32) if drawn else params.seed
         self._rng = np.random.Generator(np.random.PCG64(self.seed))
 
     def __call__(self, logits: Logits) -> Choice:
