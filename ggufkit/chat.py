@@ -363,7 +363,16 @@ def render(
 
 def _run_child(request: str, timeout: float) -> dict[str, Any]:
     try:
-        child = subprocess.run(_command(), input=request, capture_output=True, text=True, timeout=timeout, check=False)
+        child = subprocess.run(
+            _command(),
+            input=request,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout,
+            check=False,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        )
     except subprocess.TimeoutExpired as error:
         raise TemplateError(f"the chat template did not finish within {timeout:g} seconds") from error
     except OSError as error:

@@ -147,9 +147,10 @@ class Tokenizer:
     @cached_property
     def _specials(self) -> list[tuple[str, int, bool]]:
         """(text, id, whether only parse_special matches it) of each special token, the longest in bytes first."""
-        kinds = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
-        ids = np.flatnonzero(np.isin(self.types, kinds)).tolist()
-        rows = [(self.token_text(i), i, bool(self.types[i] != TokenType.USER_DEFINED)) for i in ids]
+        tokens, types = self.vocabulary.tokens, self.types
+        matched = np.flatnonzero(np.isin(types, (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)))
+        only_parsed = (types[matched] != TokenType.USER_DEFINED).tolist()
+        rows = [(tokens[i], i, parsed) for i, parsed in zip(matched.tolist(), only_parsed, strict=True)]
         return sorted(rows, key=lambda row: len(_utf8(row[0])), reverse=True)
 
     def _parts(self, text: str, parse_special: bool) -> list[str | int]:

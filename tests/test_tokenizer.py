@@ -188,9 +188,8 @@ BPE, SPM = Tokenizer.from_metadata(bpe({"<|im_end|>": C})), Tokenizer.from_metad
 def test_decoding_inverts_encoding(text: str) -> None:
     assert BPE.decode(BPE.encode(text)) == text
     # SentencePiece spells a space with a character that therefore comes back as a space
-    assert SPM.decode(SPM.encode(text), skip_special=True) == text.replace("▁", " ").replace("<s>", "").replace(
-        "</s>", ""
-    )
+    spelled = SPM.encode(text, parse_special=False)
+    assert SPM.decode(spelled, skip_special=True) == text.replace("▁", " ")
 
 
 @given(st.lists(st.integers(0, BPE.n_vocab - 1)))
