@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import PurePosixPath
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from ggufkit import demo, reader
+from ggufkit.cli import app
 from ggufkit.findings import Severity, Skipped
 from ggufkit.report.document import document, plain
 
@@ -26,6 +32,7 @@ from ggufkit.report.document import document, plain
         (np.array([np.inf], "f4"), ["Infinity"]),
         (Severity.ERROR, "error"),
         ({Severity.INFO: (1, None)}, {"info": [1, None]}),
+        (frozenset({"b", "a"}), ["a", "b"]),
         (PurePosixPath("a/b"), "a/b"),
         (Skipped("x", "y"), {"what": "x", "why": "y", "asked": False, "newer": False}),
     ],
@@ -49,3 +56,90 @@ def test_one_line_when_several_follow_each_other() -> None:
 def test_what_has_no_form_is_refused() -> None:
     with pytest.raises(TypeError, match="object"):
         plain({"a": object()})
+
+
+class TestShapes:
+    """Every command's document keeps its shape: fields may be added, none renamed or removed.
+
+    tests/golden/documents.json holds them; after adding a field, write it anew with
+    `GGUFKIT_UPDATE_GOLDEN=1 pytest tests/test_document.py` and describe the field in docs/json.md.
+    """
+
+    GOLDEN = Path(__file__).with_name("golden") / "documents.json"
+
+    @pytest.fixture(scope="class")
+    def documents(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("documents")
+        model, one, two = demo.MODEL, folder / "a.safetensors", folder / "b.safetensors"
+        for target in (one, two):
+            printed("trace", model, "--tokens", "1,2", "-o", target, *(["--dtype", "float64"] if target == two else []))
+        flip = folder / "flipped.gguf"
+        with reader.open(model) as gguf:
+            demo.damaged(gguf, flip, [demo.flipped_bit(gguf)[0]])
+        calls = {
+            "inspect": ("inspect", model),
+            "validate": ("validate", flip),
+            "rules": ("rules",),
+            "run": ("run", model, "-p", "snow", "-n", 3),
+            "trace": ("trace", model, "--tokens", "1,2", "--summary", "--layers", 0),
+            "compare": ("compare", one, two),
+            "tokenize": ("tokenize", model, "snow"),
+            "bench": ("bench", model, "--pp", 8, "--tg", 2, "-r", 2),
+            "doctor": ("doctor",),
+            "error": ("inspect", folder / "missing.gguf"),
+        }
+        return {name: json.loads(printed(*args, "--json")) for name, args in calls.items()}
+
+    def test_each_names_its_schema(self, documents: dict[str, Any]) -> None:
+        assert {name: found["schema"] for name, found in documents.items()} == {
+            name: f"ggufkit.{name}/1" for name in documents
+        }
+
+    def test_shapes_are_kept(self, documents: dict[str, Any]) -> None:
+        shapes = {name: shape(found) for name, found in documents.items()}
+        if os.environ.get("GGUFKIT_UPDATE_GOLDEN"):
+            self.GOLDEN.write_text(json.dumps(shapes, indent=1) + "\n", encoding="utf-8")
+        assert shapes == json.loads(self.GOLDEN.read_text(encoding="utf-8"))
+
+    def test_every_field_is_described(self, documents: dict[str, Any]) -> None:
+        described = (Path(__file__).parents[1] / "docs" / "json.md").read_text(encoding="utf-8")
+        named = set(re.findall(r"`([A-Za-z0-9_]+)`", described))
+        assert {name: sorted(fields(found) - named) for name, found in documents.items()} == {
+            name: [] for name in documents
+        }
+
+
+#: objects whose keys are data: names of tensors, types, hyperparameters
+OPEN = {"general", "hyperparameters", "types", "flags", "facts", "probes", "severity"}
+
+
+def printed(*args: object) -> str:
+    return CliRunner().invoke(app, [str(arg) for arg in args]).stdout
+
+
+def shape(value: Any) -> Any:
+    """A document with every value replaced by the name of its type, and every list by its first element's shape."""
+    match value:
+        case dict():
+            return {
+                key: "object" if key in OPEN and isinstance(item, dict) else shape(item) for key, item in value.items()
+            }
+        case list():
+            return [shape(value[0])] if value else []
+        case bool():
+            return "bool"
+        case int() | float():
+            return "number"
+        case None:
+            return None
+    return "string"
+
+
+def fields(value: Any) -> set[str]:
+    """The names of all fields in a document, but for the keys of open objects and of evidence."""
+    if isinstance(value, list):
+        return {name for item in value for name in fields(item)}
+    if not isinstance(value, dict):
+        return set()
+    inner = (item for key, item in value.items() if key not in OPEN | {"evidence"})
+    return set(value) | {name for item in inner for name in fields(item)}

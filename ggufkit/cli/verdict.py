@@ -63,10 +63,18 @@ def validate(
 
 
 @command
-def rules(json: Json = False) -> None:
+def rules(
+    json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print all of their documentation as a page.")] = False,
+) -> None:
     """List every rule of `validate`."""
     from ggufkit.checks import RULES
 
+    if markdown:
+        from ggufkit.report import markdown as page
+
+        print_line(page.rules(RULES.values()))
+        return
     if json:
         from ggufkit.report.document import document
 

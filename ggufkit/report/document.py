@@ -54,6 +54,8 @@ def plain(value: Any) -> Any:
             return {str(plain(key)): plain(item) for key, item in value.items()}
         case list() | tuple():
             return [plain(item) for item in value]
+        case frozenset():
+            return sorted(plain(item) for item in value)
         case PurePath():
             return str(value)
     if is_dataclass(value) and not isinstance(value, type):
