@@ -6,15 +6,13 @@ import struct
 
 import numpy as np
 import pytest
-from tiny_models import NARROW, Shape, tiny_model
+from tiny_models import NARROW, tiny_model
 
 from ggufkit import reader
 from ggufkit.errors import FormatError, NewerThanTool, Unsupported, UsageError
-from ggufkit.runtime.cache import ArrayCache
 from ggufkit.runtime.engine import Edit, check_ids, element_edits, encode_float, runnable
 from ggufkit.runtime.reference import ReferenceEngine
 from ggufkit.runtime.weights import Weights
-from ggufkit.steps import Recorder, parse_name, sort_key
 
 IDS = [72, 105, 257, 3]
 BIAS = "blk.1.attn_v.bias"
@@ -115,20 +113,6 @@ def test_a_full_cache_takes_nothing_more(gguf):
         check_ids([1], cache, engine.config)
 
 
-@pytest.mark.parametrize("length", [-1, 5])
-def test_a_cache_cannot_be_cut_to_what_it_lacks(gguf, length):
-    cache = ReferenceEngine(gguf).new_cache(8)
-    cache.length = 4
-    with pytest.raises(UsageError, match="cannot be cut"):
-        cache.truncate(length)
-
-
-def test_a_cache_too_large_for_any_machine_says_its_size(gguf):
-    config = ReferenceEngine(gguf).config
-    with pytest.raises(UsageError, match=r"take [\d,]+\.\d GB"):
-        ArrayCache(config, 1 << 50)
-
-
 # --- edits -----------------------------------------------------------------------------------------------------
 
 INSIDE_A_BLOCK = [Edit("blk.0.ffn_down.weight", 5, b"\x11\x22"), Edit("blk.0.ffn_down.weight", 300, b"\x01")]
@@ -156,28 +140,6 @@ def test_edits_are_undone_after_an_error(gguf):
     with pytest.raises(FloatingPointError), engine.patched([Edit(BIAS, 0, b"\0\0\x80\x40")]):
         raise FloatingPointError(logits(engine))
     assert np.array_equal(before, logits(engine))
-
-
-def test_patches_nest(gguf):
-    weights = Weights(gguf)
-    original = weights[BIAS].copy()
-    with weights.patched(element_edits(gguf, BIAS, {0: 1.0, 1: 2.0})):
-        with weights.patched(element_edits(gguf, BIAS, {1: 3.0})):
-            assert weights[BIAS][:2].tolist() == [1.0, 3.0]
-        assert weights[BIAS][:2].tolist() == [1.0, 2.0]
-    assert np.array_equal(weights[BIAS], original)
-
-
-@pytest.mark.parametrize("start", [0, 33, 34, 67, 68])
-def test_an_edit_reaches_the_row_it_lies_in(gguf, start):
-    """Rows of token_embd are 68 bytes here: two blocks of 34."""
-    weights = Weights(gguf, keep=False)
-    before, rows = weights.rows("token_embd.weight", [0, 1, 0]), None
-    raw = gguf.read(gguf.tensors["token_embd.weight"], start, 1)
-    with weights.patched([Edit("token_embd.weight", start, bytes([raw[0] ^ 0x15]))]):
-        rows = weights.rows("token_embd.weight", [0, 1, 0])
-    changed = [bool((a != b).any()) for a, b in zip(before, rows, strict=True)]
-    assert changed == [start < 68, start >= 68, start < 68]
 
 
 @pytest.mark.parametrize(
@@ -237,46 +199,3 @@ def test_the_other_byte_order_is_the_bytes_reversed(tmp_path, type_name):
 def test_elements_that_cannot_be_set(gguf, name, index, words):
     with pytest.raises(UsageError, match=words):
         element_edits(gguf, name, {index: 1.0})
-
-
-# --- steps -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "parsed"),
-    [
-        ("q_rope-3", ("q_rope", 3)),
-        ("kq_soft_max-0", ("kq_soft_max", 0)),
-        ("embd", ("embd", None)),
-        ("embd-0", None),
-        ("q_rope", None),
-        ("q_rope-03", None),
-        ("q_rope--3", None),
-        ("keys-0", None),
-        ("", None),
-    ],
-)
-def test_names_of_steps(name, parsed):
-    assert parse_name(name) == parsed
-
-
-def test_names_sort_as_the_pass_makes_them(tmp_path):
-    with reader.open(tiny_model(tmp_path / "m.gguf", shape=Shape(n_layer=11))) as opened:
-        engine, tap = ReferenceEngine(opened), Recorder()
-        engine.forward(IDS, engine.new_cache(8), tap=tap)
-    assert sorted(tap.arrays, key=sort_key) == list(tap.arrays)
-
-
-@pytest.mark.parametrize(
-    ("patterns", "layers", "kept"),
-    [
-        (["q_*-1"], None, ["q_proj-1", "q_bias-1", "q_rope-1"]),
-        (["kqv"], None, ["kqv-0", "kqv-1"]),
-        (["l_out", "result_*"], [0], ["l_out-0", "result_norm", "result_output"]),
-        (["nothing"], None, []),
-    ],
-)
-def test_a_recorder_keeps_what_was_asked(gguf, patterns, layers, kept):
-    engine, tap = ReferenceEngine(gguf), Recorder(patterns, layers)
-    engine.forward(IDS, engine.new_cache(8), tap=tap)
-    assert list(tap.arrays) == kept

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny_models import NARROW, Shape, tiny_model
+from tiny_models import NARROW, tiny_model
 
 from ggufkit import reader
 from ggufkit.errors import NotFinite, UsageError
-from ggufkit.runtime.finite import FiniteWatch, first_not_finite
+from ggufkit.runtime.engine import element_edits
 from ggufkit.runtime.generate import Session, default_n_ctx, distinct, generate, repetition
 from ggufkit.runtime.reference import REFERENCE, ReferenceEngine
 from ggufkit.runtime.sampling import SamplingParams, log_sum_exp
@@ -194,45 +194,10 @@ def test_repetition_is_near_one_in_a_loop_and_zero_in_prose():
 # --- finiteness ------------------------------------------------------------------------------------------------
 
 
-def steps_of(n_layer):
-    return 3 + 20 * n_layer
-
-
 def test_every_step_of_the_last_prompt_position_is_watched(engine):
     got = generate(engine, IDS, n_predict=2).finish()
-    assert (got.steps_watched, got.not_finite) == (steps_of(NARROW.n_layer), None)
+    assert (got.steps_watched, got.not_finite) == (3 + 20 * NARROW.n_layer, None)
     assert generate(engine, IDS, n_predict=2, watch=False).finish().steps_watched == 0
-
-
-def damaged(path, tensor, index, value):
-    return tiny_model(
-        path, shape=Shape(n_layer=3), edit=lambda tensors: tensors[tensor].reshape(-1).__setitem__(index, value)
-    )
-
-
-@pytest.mark.parametrize(
-    ("tensor", "index", "value", "step", "position"),
-    [
-        ("blk.1.attn_q.bias", 5, math.nan, "q_bias-1", 0),
-        ("blk.1.attn_v.bias", 5, math.inf, "v_bias-1", 0),
-        ("blk.2.ffn_norm.weight", 0, math.nan, "ffn_norm-2", 0),
-        ("blk.0.ffn_down.weight", 7, -math.inf, "ffn_out-0", 0),
-        ("output_norm.weight", 3, math.nan, "result_norm", 0),
-        ("token_embd.weight", IDS[2] * NARROW.n_embd, math.nan, "embd", 2),
-        ("blk.0.attn_k.bias", 0, 3e38, "kq-0", 1),  # finite itself; its product with a query is not
-    ],
-)
-def test_the_first_step_that_is_not_finite_is_named(tmp_path, tensor, index, value, step, position):
-    with reader.open(damaged(tmp_path / "m.gguf", tensor, index, value)) as opened:
-        engine = ReferenceEngine(opened)
-        spot, seen = first_not_finite(engine, IDS)
-        assert (spot.name, spot.position, seen) == (step, position, steps_of(3))
-        with pytest.raises(NotFinite, match=f"first step that is not finite is {step} at position {position}"):
-            generate(engine, IDS, n_predict=2).finish()
-
-
-def test_nothing_is_amiss_in_a_healthy_model(engine):
-    assert first_not_finite(engine, [i % 250 for i in range(300)]) == (None, 3 * steps_of(NARROW.n_layer))
 
 
 def test_what_an_engine_launders_is_still_told(gguf):
@@ -252,12 +217,8 @@ def test_what_an_engine_launders_is_still_told(gguf):
     assert got.not_finite.position == 1
 
 
-def test_scores_of_keys_to_come_are_nobodys_input():
-    watch = FiniteWatch(first_position=1)
-    scores = np.zeros((2, 4, 3), np.float32)
-    scores[0, :, 2] = np.nan
-    watch("kq", 0, scores)
-    assert watch.first is None
-    scores[1, 2, 2] = np.inf
-    watch("kq", 0, scores)
-    assert str(watch.first) == "kq-0 at position 2 (0 NaN, 1 infinite)"
+def test_logits_that_are_not_finite_name_the_step_that_made_them(gguf, engine):
+    edits = element_edits(gguf, "blk.1.ffn_norm.weight", {3: math.nan})
+    expected = r"\d+ are NaN and 0 infinite.* first step that is not finite is ffn_norm-1 at position 0 \(5 NaN"
+    with engine.patched(edits), pytest.raises(NotFinite, match=expected):
+        generate(engine, IDS, n_predict=2).finish()
