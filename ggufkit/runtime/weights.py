@@ -67,7 +67,7 @@ class Weights:
         row_bytes = (tensor.nbytes or 0) // max(tensor.n_rows, 1)
         start, size = first * row_bytes, count * row_bytes
         raw = self.gguf.read(tensor, start, size)
-        apply_edits(raw, _within(self._edits.get(name, ()), start, size))
+        apply_edits(raw, edits_within(self._edits.get(name, ()), start, size))
         return raw.reshape(count, row_bytes)
 
     @contextmanager
@@ -101,7 +101,7 @@ class Weights:
         return quants.dequantize(type_, raw, byteorder=self.gguf.byteorder)
 
 
-def _within(edits: Iterable[Edit], start: int, count: int) -> Iterator[Edit]:
+def edits_within(edits: Iterable[Edit], start: int, count: int) -> Iterator[Edit]:
     """The parts of the edits that fall into bytes [start, start + count), relative to `start`."""
     for edit in edits:
         low, high = max(edit.start, start), min(edit.start + len(edit.data), start + count)
