@@ -144,8 +144,9 @@ def templates(metadata: Mapping[str, Any]) -> dict[str, str]:
         FormatError: a template is no string.
     """
     found: dict[str, str] = {}
-    for key, value in metadata.items():
+    for key in metadata:  # not items(): a value costs something, and the vocabulary's is large
         if key == _KEY or key.startswith(_KEY + "."):
+            value = metadata[key]
             if not isinstance(value, str):
                 raise FormatError(f"{key} is a {type(value).__name__}", expected="a string")
             found[key.removeprefix(_KEY).removeprefix(".") or "default"] = value
