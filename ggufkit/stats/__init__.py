@@ -1,4 +1,8 @@
-"""One pass over a tensor's bytes, serving every rule and picture at once."""
+"""One pass over a tensor's bytes, serving every rule and picture at once.
+
+`measure` does one tensor, `scan` many with all processors. `results` says what comes out, `plain` how it is
+defined; `kernels` does the same fast for files of more than a few megabytes (see `jit`).
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,11 @@ from ggufkit.stats.results import (
     Stretch,
     TensorStats,
 )
+from ggufkit.stats.stream import SMALL, measure, scan
 
 __all__ = [
     "OUTLIER_OCTAVES",
+    "SMALL",
     "BlockDeviation",
     "BlockStats",
     "ByteRun",
@@ -38,4 +44,6 @@ __all__ = [
     "Span",
     "Stretch",
     "TensorStats",
+    "measure",
+    "scan",
 ]

@@ -82,12 +82,12 @@ class RowStats:
 
     Attributes:
         count, length: how many, of how many elements.
-        n_zero: rows of nothing but zeros.
-        zero_runs: the longest runs of such rows, up to eight, in the order of the file.
+        n_zero: rows of nothing but zeros; longest_zero_run is the longest run of them.
         n_constant: rows that hold one value, other than zero, and are longer than one.
         first_constant: the first of them.
         n_nonfinite: rows with a NaN or infinity.
-        median: median over the rows of log2(rms); rows of zeros are left out.
+        median: median over the rows of log2(rms), to a sixteenth of an octave; rows of zeros are left out. NaN if
+            there is no other.
         spread: robust standard deviation of log2(rms), in octaves (1.4826 · the median absolute deviation).
         largest, smallest: up to eight rows each by rms, most extreme first; rows of zeros are left out.
         absmax, rms: float32 [count] where they were asked for.
@@ -96,7 +96,7 @@ class RowStats:
     count: int
     length: int
     n_zero: int
-    zero_runs: tuple[Span, ...]
+    longest_zero_run: Span | None
     n_constant: int
     first_constant: int | None
     n_nonfinite: int
@@ -156,18 +156,20 @@ class BlockDeviation:
 class BlockStats:
     """The size of the values block by block, against the block's row and column.
 
-    Expected is: the row's level plus the column's level, both robust means of log2(rms) over the rows of a chunk
-    of the tensor. Healthy tensors with strong rows and columns therefore do not stand out; a scale with a flipped
-    exponent bit or a stretch of foreign bytes does.
+    Expected is: the row's level plus the column's level, both robust means of log2(rms) over a chunk of the tensor
+    (see `deviation`). Healthy tensors with strong rows and columns therefore do not stand out; a scale with a
+    flipped exponent bit or a stretch of foreign bytes does.
 
     Attributes:
         count: blocks, `elements` long each.
         n_zero: blocks whose values are all zero; longest_zero_run is the longest run of them.
         n_nonfinite: blocks with a NaN or infinity.
-        deviations: int64 [64], blocks by |deviation| in quarter octaves; the last bin has all beyond.
+        deviations: int64 [256], blocks by |deviation| in sixteenths of an octave; the last bin has all beyond.
         spread: robust standard deviation of the deviation, in octaves.
         worst: up to sixteen blocks, the largest |deviation| first.
-        longest_outlier_run: the longest run of blocks that deviate by `OUTLIER_OCTAVES` or more.
+        n_outliers: blocks that deviate by `OUTLIER_OCTAVES` or more, or hold something not finite.
+        first_outlier, last_outlier: the first and the last of them.
+        longest_outlier_run: the longest run of them.
     """
 
     count: int
@@ -178,6 +180,9 @@ class BlockStats:
     deviations: Counts
     spread: float
     worst: tuple[BlockDeviation, ...]
+    n_outliers: int
+    first_outlier: int | None
+    last_outlier: int | None
     longest_outlier_run: Span | None
 
 
