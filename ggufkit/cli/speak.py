@@ -138,14 +138,16 @@ def _chat(talk: Conversation) -> int:
     while True:
         try:
             text = input("> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt) as end:
             print_line("")
-            return 0
+            return INTERRUPTED if isinstance(end, KeyboardInterrupt) else 0
         match text.strip():
             case "":
                 continue
             case "/exit" | "/quit":
                 return 0
+            case "/help":
+                note(_CHAT_HELP)
             case "/clear":
                 talk.clear()
                 note("forgotten")

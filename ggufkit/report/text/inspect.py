@@ -257,14 +257,12 @@ def _error(message: str | None) -> Text | None:
 def _memory(needed: Sequence[Memory], remark: str | None) -> list[RenderableType]:
     if not needed:
         return _section("Memory", [("", Text(f"cannot be told: {remark}", "note"))])
-    right = ("context", "weights", "KV cache f16", "f32", "working", "total", "(f32 cache)")
+    right = ("context", "weights", "KV f16", "KV f32", "working", "total f16", "total f32")
     table = listing(*right, right=right)
     for row in needed:
         sizes = (row.weights, row.kv_f16, row.kv_f32, row.working, row.total_f16, row.total_f32)
         table.add_row(f"{row.n_ctx:,}", *(nbytes_text(size) for size in sizes))
-    notes = [Text(f"  {FORMULA}", "note")]
-    if remark:
-        notes.append(Text(f"  {remark}", "note"))
+    notes = [Padding(Text(text, "note"), (0, 0, 0, 2)) for text in (FORMULA, remark) if text]
     return [heading("Memory to run it"), Padding(table, (0, 0, 0, 2), expand=False), *notes]
 
 

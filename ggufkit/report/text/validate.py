@@ -90,17 +90,18 @@ def _finding(finding: Finding) -> list[RenderableType]:
 
 
 def _remarks(finding: Finding) -> list[str]:
-    """Place, value and judgement, as far as there are any."""
+    """Place, value and judgement, as far as there are any and the message does not say them already."""
+    name = finding.tensor or finding.key or ""
     index = "" if finding.index is None else str(list(finding.index))
-    value = number_text(finding.value) if isinstance(finding.value, float) else shown(str(finding.value), limit=80)
+    value = number_text(finding.value) if isinstance(finding.value, float) else str(finding.value)
     parts = (
-        (finding.tensor or finding.key) and shown(f"{finding.tensor or finding.key}{index}"),
-        None if finding.value is None else f"= {value}",
-        None if finding.offset is None else f"byte {finding.offset:,}",
-        finding.judgement and f"judged {finding.judgement}",
-        finding.confidence != "high" and f"{finding.confidence} confidence",
+        name + index if name not in finding.message or index not in finding.message else None,
+        f"= {value[:80]}" if finding.value is not None and value not in finding.message else None,
+        f"byte {finding.offset:,}" if finding.offset is not None else None,
+        f"judged {finding.judgement}" if finding.judgement else None,
+        f"{finding.confidence} confidence" if finding.confidence != "high" else None,
     )
-    return [part for part in parts if part]
+    return [shown(part) for part in parts if part]
 
 
 def _skipped(result: Report) -> list[RenderableType]:
