@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ggufkit.arch import ARCHITECTURES, known_models, read_config, role_of
-from ggufkit.container import GGUF, Field, Problem, Tensor, ValueType, text
+from ggufkit.container import GGUF, SCALAR_CODES, SCALAR_SIZES, Field, Problem, Tensor, ValueType, text
 from ggufkit.errors import FormatError, GgufkitError, UsageError
 from ggufkit.memory import Memory, memory_needed
 
@@ -465,15 +465,15 @@ def _token_types(gguf: GGUF) -> dict[str, int]:
     return {TOKEN_TYPES.get(number, f"type {number}"): count for number, count in Counter(numbers).most_common()}
 
 
-def _value_bytes(gguf: GGUF, field: Field) -> bytes:
-    """The bytes of a value, as they lie in the file.
+def _value_bytes(gguf: GGUF, field: Field, count: int | None = None) -> bytes:
+    """The bytes of a value, or the first `count` of them, as they lie in the file.
 
     Raises:
         FormatError: the file got shorter since its header was read.
     """
-    source = gguf.shards[field.shard].source
-    data = source.read(field.value_offset, field.nbytes)
-    if len(data) != field.nbytes:
+    source, count = gguf.shards[field.shard].source, field.nbytes if count is None else count
+    data = source.read(field.value_offset, count)
+    if len(data) != count:
         raise FormatError("the file ends inside a metadata value", path=source.name, offset=field.value_offset)
     return data
 
@@ -493,8 +493,14 @@ def _special_tokens(gguf: GGUF, keys: list[str], tokens: Field | None) -> tuple[
 
 
 def _preview(gguf: GGUF, field: Field, elements: int) -> Any:
+    """A value, or the first elements of an array, without decoding the others."""
     if field.element_type is ValueType.STRING:
         first = strings_at(gguf, field, range(elements))
         return [first[index] for index in sorted(first)]
+    if field.element_type in SCALAR_CODES:
+        code, count = SCALAR_CODES[field.element_type], min(elements, field.count or 0)
+        size = count * SCALAR_SIZES[field.element_type]
+        numbers = struct.unpack(f"{_order(gguf, field)}{count}{code}", _value_bytes(gguf, field, size))
+        return [bool(number) if field.element_type is ValueType.BOOL else number for number in numbers]
     value = gguf.metadata[field.key]
     return value[:elements] if field.type is ValueType.ARRAY else value

@@ -173,6 +173,24 @@ def test_metadata_rows_hold_the_first_elements_only(tmp_path: Path) -> None:
     assert whole.value == list(builder.MERGES)
 
 
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (builder.array("f64", [0.5, -1.0, 2.0]), [0.5, -1.0]),
+        (builder.array("i8", [-1]), [-1]),
+        (builder.array("u64", [2**60, 1, 2]), [2**60, 1]),
+        (builder.array("bool", [1, 0, 1]), [True, False]),
+        (builder.array("u32", []), []),
+        (builder.nested(builder.array("u8", [1]), builder.array("u8", [2]), builder.array("u8", [3])), None),
+    ],
+)
+def test_the_first_elements_of_any_array(tmp_path: Path, big: bool, value: builder.Value, expected: object) -> None:
+    with opened(builder.File(big=big).add("x", value), tmp_path) as gguf:
+        (row,) = overview.metadata_rows(gguf, elements=2)
+    assert len(row.value) == 2 if expected is None else row.value == expected
+
+
 def test_a_key_that_is_not_there_names_those_like_it(tmp_path: Path) -> None:
     with opened(builder.model(), tmp_path) as gguf, pytest.raises(UsageError) as caught:
         overview.metadata_value(gguf, "general.nam")
