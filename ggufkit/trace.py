@@ -16,7 +16,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -37,7 +37,7 @@ _DTYPES = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "BF16": "<u2"}
 _TEXTS = ("engine", "dtype", "prompt", "system", "model")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """The steps of one run.
 
@@ -61,7 +61,7 @@ class Trace:
     prompt: str | None = None
     system: str | None = None
     model: str | None = None
-    unknown: tuple[str, ...] = field(default=(), compare=False)
+    unknown: tuple[str, ...] = ()
 
     def metadata(self) -> dict[str, str]:
         """The file's metadata, everything as a string."""
