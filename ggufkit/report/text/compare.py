@@ -71,10 +71,8 @@ def _allowed(found: Comparison) -> str:
 def _around(found: Comparison) -> tuple[Sequence[StepRow], int]:
     """The rows worth showing: those around the first that is not as it should be, else the worst of them all."""
     bad = [number for number, row in enumerate(found.rows) if row.status in ("diverged", "shape")]
-    if bad:
-        rows = found.rows[max(0, bad[0] - _BEFORE) : bad[0] + _AFTER]
-    else:
-        rows = sorted(found.rows, key=lambda row: -row.error)[:_BEFORE]
+    worst = sorted(found.rows, key=lambda row: -row.error)[:_BEFORE]
+    rows = list(found.rows[max(0, bad[0] - _BEFORE) : bad[0] + _AFTER]) if bad else worst
     return rows, len(found.rows) - len(rows)
 
 

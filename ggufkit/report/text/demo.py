@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -13,7 +14,7 @@ from ggufkit.report.text.run import closing as closing_line
 from ggufkit.report.text.style import count_text, nbytes_text, show
 from ggufkit.report.text.validate import SIGNS, VERDICTS, checked_line
 
-_SHOWN = 2  # findings of a scene
+_SHOWN, _EVIDENCE = 2, 2  # findings of a scene, and sentences of evidence for each
 
 
 def opening(console: Console) -> None:
@@ -33,7 +34,8 @@ def scene(console: Console, number: int, seen: Scene) -> None:
         table.add_row("" if row else "   validate", line)
     for row, line in enumerate(_answer(seen)):
         table.add_row("" if row else "   run", line)
-    show(console, Text.assemble((f"{number}  {seen.title}.", "title"), f"  {shown(seen.story)}"), table, Text())
+    title = Text(f"{number}  {seen.title}", "title")
+    show(console, title, Text(f"   {shown(seen.story)}", "note"), table, Text())
 
 
 def closing(console: Console) -> None:
@@ -66,17 +68,19 @@ def _verdict(seen: Scene) -> list[RenderableType]:
     lines: list[RenderableType] = [
         Text.assemble((f"{sign} {verdict}", style), (f"  {checked_line(seen.report)}", "note"))
     ]
-    for finding in seen.report.findings[:_SHOWN]:
+    worst = [finding for finding in seen.report.findings if finding.severity is seen.report.worst]
+    for finding in worst[:_SHOWN]:
         lines += _finding(finding)
-    if (more := len(seen.report.findings) - _SHOWN) > 0:
-        lines.append(Text(f"and {more} more", "note"))
+    if (more := len(worst) - _SHOWN) > 0:
+        lines.append(Text(f"  and {more} more", "note"))
     return lines
 
 
-def _finding(finding: Finding) -> list[Text]:
+def _finding(finding: Finding) -> list[RenderableType]:
     sign, style = SIGNS[finding.severity]
-    lines = [Text.assemble((f"{sign} {finding.code} ", style), shown(finding.message))]
-    return lines + [Text(f"    – {shown(evidence.text)}", "note") for evidence in finding.evidence[:2]]
+    lines: list[RenderableType] = [Text.assemble((f"{sign} {finding.code} ", style), shown(finding.message))]
+    evidence = (Text(f"– {shown(one.text)}", "note") for one in finding.evidence[:_EVIDENCE])
+    return lines + [Padding(text, (0, 0, 0, 2)) for text in evidence]
 
 
 def _answer(seen: Scene) -> list[RenderableType]:
