@@ -51,12 +51,12 @@ def memory_needed(gguf: GGUF, rows: int | None) -> tuple[tuple[Memory, ...], str
         names what the formula leaves out for this architecture.
     """
     if not gguf.tensors:
-        return (), "a file without tensors needs none"
+        return (), "none: the file has no tensors"
     hyper = _Hyperparameters(gguf)
     missing = [key for key in ("context_length", "block_count", "embedding_length") if not hyper.number(key)]
     per_position = hyper.kv_values()
     if missing or per_position is None:
-        return (), f"the header does not say {', '.join(missing) or 'how wide keys and values are'}"
+        return (), f"cannot be told without {', '.join(missing) or 'the width of keys and values'}"
     full = hyper.number("context_length")
     weights = sum(tensor.nbytes or 0 for tensor in gguf.tensors.values())
     sizes = sorted({min(USUAL_CONTEXT, full), full})

@@ -42,7 +42,7 @@ def test_key_heads_that_differ_by_layer(tmp_path: Path) -> None:
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     found, remark = needed(builder.model().drop("qwen2.context_length"), tmp_path)
     assert found == ()
-    assert remark == "the header does not say context_length"
+    assert remark == "cannot be told without context_length"
 
 
 def test_a_sliding_window_is_remarked(tmp_path: Path) -> None:

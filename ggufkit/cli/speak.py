@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -134,6 +135,8 @@ def _visible(piece: str) -> str:
 
 def _chat(talk: Conversation) -> int:
     """Turn after turn, until /exit or the end of the input."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 - gives input() its line editing and history; Windows has its own
     note(_CHAT_HELP)
     while True:
         try:

@@ -169,7 +169,8 @@ def _hyper_text(value: Any) -> Text:
 
 def _scalar_text(value: Any) -> str:
     if isinstance(value, float):
-        return number_text(value)
+        whole = value.is_integer() and abs(value) < 1e9
+        return f"{int(value):,}" if whole else number_text(value)
     return f"{value:,}" if isinstance(value, int) else shown(str(value), limit=80)
 
 
@@ -256,7 +257,7 @@ def _error(message: str | None) -> Text | None:
 
 def _memory(needed: Sequence[Memory], remark: str | None) -> list[RenderableType]:
     if not needed:
-        return _section("Memory", [("", Text(f"cannot be told: {remark}", "note"))])
+        return _section("Memory", [("", Text(remark or "", "note"))])
     right = ("context", "weights", "KV f16", "KV f32", "working", "total f16", "total f32")
     table = listing(*right, right=right)
     for row in needed:
