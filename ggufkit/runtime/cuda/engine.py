@@ -1,0 +1,225 @@
+"""The GPU engine: see `runtime.engine.Engine`.
+
+A prompt goes through cuBLAS in chunks (`prompt`), a single token through one kernel that stays on the device for
+all of it (`decode`). Both write one cache. In the default mode the cache is f16, and so are the operands of a
+prompt's products; everything else is float32 or exact integers. `dtype="float32"` keeps those two in float32 as
+well and computes as the reference does.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ggufkit import gpu
+from ggufkit.arch import Config
+from ggufkit.container import GGUF
+from ggufkit.errors import Unsupported, UsageError
+from ggufkit.runtime.cuda.decode import Decoder
+from ggufkit.runtime.cuda.prompt import CHUNK, PromptRunner
+from ggufkit.runtime.cuda.weights import DeviceWeights, Progress
+from ggufkit.runtime.engine import Edit, Logits, Which, check_ids, runnable
+from ggufkit.steps import Tap
+
+DTYPES = ("float16", "float32")
+#: tokens of one launch of `greedy`: long enough to hide the launch, short enough to stream smoothly
+BURST = 8
+#: the rotation's table grows in steps of so many positions
+_ROPE_STEP = 4096
+
+
+class CudaCache:
+    """Keys and values of one sequence, [layer, n_head_kv, n_ctx, head_dim], on the device. See `runtime.engine.Cache`.
+
+    Raises:
+        UsageError: it would hold nothing.
+        DeviceError: it does not fit.
+    """
+
+    def __init__(self, config: Config, n_ctx: int, dtype: str) -> None:
+        if n_ctx < 1:
+            raise UsageError(f"a context of {n_ctx} positions holds nothing")
+        cupy = gpu.library()
+        self.n_ctx = n_ctx
+        self.length = 0
+        shape = (config.n_layer, config.n_head_kv, n_ctx, config.head_dim)
+        size = 2 * int(np.prod(shape)) * np.dtype(dtype).itemsize
+        with gpu.memory_for(f"a context of {n_ctx:,} positions ({size / 1e9:.1f} GB of keys and values)"):
+            self.k, self.v = (cupy.empty(shape, dtype) for _ in range(2))
+
+    def truncate(self, length: int) -> None:
+        """Forget every position from `length` on."""
+        if not 0 <= length <= self.length:
+            raise UsageError(f"a cache of {self.length} positions cannot be cut to {length}")
+        self.length = length
+
+
+class CudaEngine:
+    """See `runtime.engine.Engine`.
+
+    Args:
+        gguf: an opened file; it stays open as long as the engine is used.
+        dtype: `float16`, the default: keys, values and a prompt's products in f16, sums in float32; or `float32`.
+        note: told, in a sentence, what takes its time or is run otherwise than the file has it.
+        progress: told how far loading is: bytes done, bytes in all.
+
+    Raises:
+        DeviceError: there is no usable GPU, or the model does not fit.
+        Unsupported, FormatError, NewerThanTool: as `engine.runnable`; or a shape that the kernels do not fit.
+        UsageError: another dtype.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        gguf: GGUF,
+        dtype: str = "float16",
+        *,
+        note: Callable[[str], None] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise UsageError(f"the GPU does not compute in {dtype}", expected=" or ".join(DTYPES))
+        self.dtype = np.dtype(dtype)
+        self.device = gpu.device().name
+        self.config = runnable(gguf)
+        _check_shapes(self.config)
+        self._cupy = gpu.library()
+        self._weights = DeviceWeights(gguf, self.config)
+        if note is not None and self._weights.converted:
+            note(f"{', '.join(sorted(self._weights.converted))} run as signed bytes or F32, which loses nothing")
+        half = dtype == "float16"
+        self._rope = rope_table(self.config, self.config.n_ctx_train)
+        self._decoder = Decoder(self.config, self._weights, self._rope, kv_half=half)
+        self._prompt = PromptRunner(self.config, self._weights, self._rope, half=half)
+        with ThreadPoolExecutor(2) as pool:
+            compiling = [pool.submit(part.compile) for part in (self._decoder, self._prompt)]
+            self._weights.load(progress)
+            self._decoder.prepare()
+            for compiled in compiling:
+                compiled.result()
+
+    def new_cache(self, n_ctx: int) -> CudaCache:
+        return CudaCache(self.config, n_ctx, self.dtype.name)
+
+    def forward(
+        self, ids: Sequence[int], cache: CudaCache, *, logits: Which = "last", tap: Tap | None = None
+    ) -> Logits:
+        check_ids(ids, cache, self.config)
+        if len(ids) == 1:
+            return self._one(int(ids[0]), cache, tap)
+        device_ids = self._cupy.asarray(np.asarray(ids, np.int32))
+        step = CHUNK if tap is None else len(ids)  # a tap sees all positions of a call at once
+        made = []
+        for first in range(0, len(ids), step):
+            normed = self._prompt.run(device_ids[first : first + step], cache, tap)
+            if logits == "all":
+                made.append(self._prompt.all_logits(normed).get())
+        if logits == "all":
+            result = np.concatenate(made) if len(made) > 1 else made[0]
+        else:
+            normed = normed[-1:]
+            result = self._prompt.last_logits(normed[0])[None].get()
+        if tap is not None:
+            self._show_ends(tap, normed, result)
+        return np.asarray(result, np.float32)
+
+    def greedy(self, token: int, cache: CudaCache, n: int, burst: int = BURST) -> Iterator[tuple[int, float]]:
+        """Feed `token`, then always the likeliest one, without leaving the device.
+
+        Args:
+            n: how many tokens to say, at most.
+            burst: tokens of one launch.
+
+        Yields:
+            (id, log-probability) of each token said, a burst behind the device. When the iterator is closed the
+            cache holds `token` and all but the last of the tokens that were taken from it.
+
+        Raises:
+            UsageError: as `forward`.
+        """
+        check_ids([token], cache, self.config)
+        cupy = self._cupy
+        start = cache.length
+        n = min(n, cache.n_ctx - start)
+        ids, chances = cupy.empty(n + 1, cupy.int32), cupy.empty(n + 1, cupy.float32)
+        ids[0] = token
+        said = 0
+        launched: deque[tuple[Any, int, int]] = deque()
+        try:
+            while said < n:
+                while len(launched) < 2 and cache.length - start < n:
+                    count = min(burst, n - (cache.length - start))
+                    first = cache.length - start
+                    self._decoder.run(cache, count, ids[first:], chances[first:])
+                    event = cupy.cuda.Event(disable_timing=True)
+                    event.record()
+                    launched.append((event, first + 1, count))
+                event, first, count = launched.popleft()
+                event.synchronize()
+                burst_ids, burst_chances = ids[first : first + count].get(), chances[first : first + count].get()
+                for one, chance in zip(burst_ids.tolist(), burst_chances.tolist(), strict=True):
+                    said += 1
+                    yield one, chance
+        finally:
+            cache.length = start + said
+
+    @contextmanager
+    def patched(self, edits: Iterable[Edit]) -> Iterator[None]:
+        with self._weights.patched(edits):
+            self._prompt.forget()
+            try:
+                yield
+            finally:
+                self._prompt.forget()
+
+    def _one(self, token: int, cache: CudaCache, tap: Tap | None) -> Logits:
+        """One token through the decoding kernel; its logits, [1, V]."""
+        cupy = self._cupy
+        ids = cupy.asarray(np.array([token, 0], np.int32))
+        chances = cupy.empty(2, cupy.float32)
+        logits = cupy.empty(self.config.n_vocab, cupy.float32)
+        if tap is None:
+            self._decoder.run(cache, 1, ids, chances, logits)
+        else:
+            self._decoder.traced(cache, ids, chances, logits, tap)
+        return np.asarray(logits.get()[None], np.float32)
+
+    def _show_ends(self, tap: Tap, normed: Any, result: Any) -> None:
+        if tap.wants("result_norm", None):
+            tap("result_norm", None, normed.get())
+        if tap.wants("result_output", None):
+            tap("result_output", None, result)
+
+
+def rope_table(config: Config, n: int) -> Any:
+    """Cosines and sines of the rotary embedding on the device, float32 [n, D/2, 2], from double precision."""
+    cupy = gpu.library()
+    half = config.head_dim // 2
+    frequencies = cupy.asarray(config.rope_base ** (-np.arange(half) / half))
+    angles = (cupy.arange(n, dtype=cupy.float64) / config.rope_scale)[:, None] * frequencies
+    return cupy.stack([cupy.cos(angles), cupy.sin(angles)], axis=-1).astype(cupy.float32)
+
+
+def _check_shapes(config: Config) -> None:
+    """What the kernels ask of a model beyond what every engine does.
+
+    Raises:
+        Unsupported: a width is not what they can load, or heads are too wide.
+    """
+    for name, value, multiple in (
+        ("embedding length", config.n_embd, 4),
+        ("feed-forward length", config.n_ff, 4),
+        ("head size", config.head_dim, 8),
+    ):
+        if value % multiple:
+            message = f"a model whose {name} is {value} does not fit the GPU kernels"
+            raise Unsupported(message, expected=f"a multiple of {multiple}", help="use --device cpu")
+    if config.head_dim > 256:
+        raise Unsupported(f"heads of {config.head_dim} channels", expected="at most 256", help="use --device cpu")

@@ -1,0 +1,338 @@
+"""Many positions at once: kernels/prompt.cu around the matrix products of cuBLAS.
+
+The packed weights of a layer are widened into a buffer in the products' precision (f16, or f32 in exact mode), or
+all layers' once when the device's memory has plenty of room. Products are [positions, in] by [out, in] into
+float32. Long prompts are run in chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ggufkit import gpu
+from ggufkit.arch import Config
+from ggufkit.runtime.cuda.decode import DECODERS, model_macros, vector_bytes
+from ggufkit.runtime.cuda.plan import LayerMatrices, Matrix
+from ggufkit.runtime.cuda.weights import DeviceWeights
+from ggufkit.steps import Tap
+
+if TYPE_CHECKING:
+    from ggufkit.runtime.cuda.engine import CudaCache
+
+KERNELS = (*DECODERS, "prompt.cu")
+#: positions run together
+CHUNK = 2048
+#: rows of the head that are widened together for the logits of all positions
+_HEAD_ROWS = 16_384
+#: all layers stay widened when that takes less than this share of the free memory
+_KEPT_SHARE = 0.2
+_SCRATCH = 128  # bytes of shared memory of the kernels that sum over a block
+_TILE = 64  # positions of a block of `attend`, keys of a tile
+_EXACT_ROWS = 16  # positions of a block of `attend_exact`
+
+
+@dataclass(frozen=True, slots=True)
+class _Wide:
+    """A layer's matrices in the products' precision, [out, in] each; `gate` has the rows of gate and up."""
+
+    qkv: Any
+    out: Any
+    gate: Any
+    down: Any
+
+
+class PromptRunner:
+    """Runs chunks of a prompt; see the module.
+
+    Args:
+        half: products in f16 rather than f32.
+    """
+
+    def __init__(self, config: Config, weights: DeviceWeights, rope: Any, *, half: bool) -> None:
+        self._config = config
+        self._weights = weights
+        self._rope = rope
+        self._half = half
+        self._cupy = gpu.library()
+        self._wide_type = self._cupy.float16 if half else self._cupy.float32
+        self._macros = {**model_macros(config, weights, half), "WIDE_HALF": int(half)}
+        self._kept: list[_Wide] | None = None
+        self._buffer: _Wide | None = None
+        self._tiled = half and config.head_dim % 16 == 0 and config.head_dim <= 128
+
+    def compile(self) -> None:
+        """Compile the kernels, or load them from CuPy's cache; may run in a thread of its own."""
+        self._module = gpu.compile_module(KERNELS, self._macros)
+        self._functions: dict[str, Any] = {}
+
+    def forget(self) -> None:
+        """The packed weights have changed: what was widened from them is no longer true."""
+        self._kept = None
+
+    # --- the pass ----------------------------------------------------------------------------------------------
+
+    def run(self, ids: Any, cache: CudaCache, tap: Tap | None) -> Any:
+        """Run a chunk, int32 [n] on the device, after what the cache holds; the final norm's output, f32 [n, E]."""
+        cupy, config = self._cupy, self._config
+        n = len(ids)
+        show = _Viewer(cupy, tap)
+        x = cupy.empty((n, config.n_embd), cupy.float32)
+        self._launch("embed_rows", (n,), 256, self._weights.embd.address, ids, x)
+        show("embd", None, x)
+        product, power = None, cupy.empty(n, cupy.float32)
+        self._prepare_weights()
+        for layer in range(config.n_layer):
+            product = self._layer(layer, x, product, power, cache, show)
+        cache.length += n
+        normed = cupy.empty_like(x)
+        self._add_norm(x, product, power, "output_norm.weight", None, normed, show, config.n_layer)
+        return normed
+
+    def _layer(self, layer: int, x: Any, product: Any, power: Any, cache: CudaCache, show: _Viewer) -> Any:
+        """One layer: the residual stream x without, and the output of the down projection, which is yet to be added."""
+        config, wide = self._config, self._wide(layer)
+        n = len(x)
+        normed = self._empty(n, config.n_embd)
+        exact = show.array("attn_norm", layer, n, config.n_embd)
+        self._add_norm(x, product, power, f"blk.{layer}.attn_norm.weight", normed, exact, show, layer)
+        show("attn_norm", layer, exact)
+        attended = self._attention(layer, self._multiply(normed, wide.qkv), power, cache, show)
+        narrowed = self._empty(n, config.q_width)
+        self._launch("narrow", (n,), 256, attended, np.int32(config.q_width), narrowed, power, shared=_SCRATCH)
+        product = self._multiply(narrowed, wide.out)
+        added, exact = (show.array(step, layer, n, config.n_embd) for step in ("attn_out", "ffn_norm"))
+        norm = self._weights.vector_address(f"blk.{layer}.ffn_norm.weight")
+        self._launch("add_norm", (n,), 256, x, product, power, norm, normed, power, added, exact, shared=_SCRATCH)
+        show("attn_out", layer, added)
+        show("ffn_inp", layer, x)
+        show("ffn_norm", layer, exact)
+        return self._multiply(self._activate(layer, self._multiply(normed, wide.gate), power, show), wide.down)
+
+    def _add_norm(
+        self, x: Any, product: Any, power: Any, weight: str, wide: Any, exact: Any, show: _Viewer, layer: int
+    ) -> None:
+        """Add the last layer's product to x, and norm: what lies between two layers."""
+        added = show.array("ffn_out", layer - 1, *x.shape) if product is not None else None
+        norm = self._weights.vector_address(weight)
+        self._launch("add_norm", (len(x),), 256, x, product, power, norm, wide, power, added, exact, shared=_SCRATCH)
+        if product is not None:
+            show("ffn_out", layer - 1, added)
+            show("l_out", layer - 1, x)
+
+    def _attention(self, layer: int, product: Any, power: Any, cache: CudaCache, show: _Viewer) -> Any:
+        """From the product of q, k and v to the heads' weighted values, f32 [n, H·D]."""
+        cupy, config = self._cupy, self._config
+        n, width = product.shape
+        turned_width = config.q_width + config.kv_width
+        traced = {
+            name: show.any(names, layer, n, size)
+            for name, names, size in (
+                ("proj", ("q_proj", "k_proj", "v_proj"), width),
+                ("bias", ("q_bias", "k_bias", "v_bias"), width),
+                ("norm", ("q_norm", "k_norm"), turned_width),
+                ("rope", ("q_rope", "k_rope"), turned_width),
+            )
+        }
+        queries = cupy.empty((n, config.q_width), cupy.float32)
+        names = (f"blk.{layer}.attn_{name}" for name in ("q.bias", "q_norm.weight", "k_norm.weight"))
+        vectors = (self._weights.vector_address(name) for name in names)
+        where = (np.int32(cache.n_ctx), np.int32(cache.length))
+        heads = config.n_head + 2 * config.n_head_kv
+        arguments = (product, power, *vectors, self._rope, queries, cache.k, cache.v, *where, np.int32(layer))
+        self._launch("turn", (heads, n), 32, *arguments, *traced.values())
+        self._show_heads(layer, traced, show)
+        out = cupy.empty((n, config.q_width), cupy.float32)
+        scores = show.any(("kq", "kq_soft_max"), layer, n * config.n_head, cache.length + n)
+        arguments = (queries, cache.k, cache.v, *where, np.int32(n), np.int32(layer), out, scores)
+        if self._tiled:
+            shared = 2 * _TILE * (config.head_dim + 8) * 2
+            self._launch("attend", (-(-n // _TILE), config.n_head), 128, *arguments, shared=shared)
+        else:
+            self._launch("attend_exact", (config.n_head, -(-n // _EXACT_ROWS)), 256, *arguments)
+        if scores is not None:
+            shape = (n, config.n_head, cache.length + n)
+            show("kq", layer, scores.reshape(shape))
+            keys = np.int32(cache.length + n)
+            self._launch("soften", (n * config.n_head,), 256, scores, keys, np.int32(cache.length), shared=_SCRATCH)
+            show("kq_soft_max", layer, scores.reshape(shape))
+        show("kqv", layer, out)
+        return out
+
+    def _show_heads(self, layer: int, traced: dict[str, Any], show: _Viewer) -> None:
+        config = self._config
+        cuts = [0, config.q_width, config.q_width + config.kv_width, config.q_width + 2 * config.kv_width]
+        for name, array in traced.items():
+            if array is None or (name == "bias" and not config.qkv_bias) or (name == "norm" and not config.qk_norm):
+                continue
+            flat = name in ("proj", "bias")
+            for i, letter in enumerate("qkv" if flat else "qk"):
+                part = array[:, cuts[i] : cuts[i + 1]]
+                show(f"{letter}_{name}", layer, part if flat else part.reshape(len(part), -1, config.head_dim))
+
+    def _activate(self, layer: int, product: Any, power: Any, show: _Viewer) -> Any:
+        """silu(gate) · up as the next product's input; `power` becomes that of its rows."""
+        config = self._config
+        n, width = product.shape
+        act = self._cupy.empty((n, config.n_ff), self._cupy.float32)
+        wide = self._empty(n, config.n_ff)
+        gates, ups = (show.any(("ffn_gate", "ffn_up"), layer, n, config.n_ff) for _ in range(2))
+        apart = 8 if self._weights.layers[layer].up is None else config.n_ff
+        arguments = (product, power, np.int32(width), np.int32(apart), act, wide, power, gates, ups)
+        self._launch("silu_times", (n,), 256, *arguments, shared=_SCRATCH)
+        show("ffn_gate", layer, gates)
+        show("ffn_up", layer, ups)
+        show("ffn_act", layer, act)
+        return wide
+
+    # --- logits ------------------------------------------------------------------------------------------------
+
+    def last_logits(self, normed: Any) -> Any:
+        """The head by one position, f32 [V]."""
+        head = self._weights.head
+        out = self._cupy.empty(head.n_rows, self._cupy.float32)
+        shared = vector_bytes(-(-self._config.n_embd // 128), self._weights.types) + 4 * 16 * 4
+        grid = (min(head.n_tiles, 16 * gpu.device().multiprocessors),)
+        arguments = (head.address, np.int32(head.type.number), np.int32(head.n_rows), normed, out)
+        self._launch("project", grid, 128, *arguments, shared=shared)
+        return out
+
+    def all_logits(self, normed: Any) -> Any:
+        """The head by all positions, f32 [n, V]."""
+        cupy, head = self._cupy, self._weights.head
+        n, width = normed.shape
+        narrowed, power = self._empty(n, width), cupy.empty(n, cupy.float32)
+        self._launch("narrow", (n,), 256, normed, np.int32(width), narrowed, power, shared=_SCRATCH)
+        with gpu.memory_for(f"the logits of {n:,} positions"):
+            out = cupy.empty((n, head.n_rows), cupy.float32)
+        slab = self._empty(min(_HEAD_ROWS, head.n_rows), width)
+        for first in range(0, head.n_rows, _HEAD_ROWS):
+            rows = min(_HEAD_ROWS, head.n_rows - first)
+            self._widen([(head, slab, first, rows)])
+            self._product(narrowed, slab[:rows], out[:, first:], head.n_rows)
+        out *= power[:, None]
+        return out
+
+    # --- weights -----------------------------------------------------------------------------------------------
+
+    def _prepare_weights(self) -> None:
+        """Widen all layers if there is room to keep them, else make the buffer for one."""
+        if self._kept is not None or (self._buffer is not None and not self._fits()):
+            return
+        with gpu.memory_for("a layer's weights at full width"):
+            if not self._fits():
+                self._buffer = self._wide_buffers(self._weights.layers[0])
+                return
+            self._kept = [self._wide_buffers(layer) for layer in self._weights.layers]
+        for layer, wide in zip(self._weights.layers, self._kept, strict=True):
+            self._widen_layer(layer, wide)
+
+    def _fits(self) -> bool:
+        elements = sum(int(np.prod(_wide_shape(layer, name))) for layer in self._weights.layers for name in _WIDE_NAMES)
+        free, _ = self._cupy.cuda.runtime.memGetInfo()
+        pooled = self._cupy.get_default_memory_pool().free_bytes()
+        return elements * np.dtype(self._wide_type).itemsize < _KEPT_SHARE * (free + pooled)
+
+    def _wide_buffers(self, layer: LayerMatrices) -> _Wide:
+        return _Wide(*(self._empty(*_wide_shape(layer, name)) for name in _WIDE_NAMES))
+
+    def _wide(self, layer: int) -> _Wide:
+        if self._kept is not None:
+            return self._kept[layer]
+        assert self._buffer is not None
+        self._widen_layer(self._weights.layers[layer], self._buffer)
+        return self._buffer
+
+    def _widen_layer(self, layer: LayerMatrices, wide: _Wide) -> None:
+        q, k, v = layer.q.n_rows, layer.k.n_rows, layer.v.n_rows
+        jobs = [(layer.q, wide.qkv, 0, q), (layer.k, wide.qkv[q:], 0, k), (layer.v, wide.qkv[q + k :], 0, v)]
+        jobs += [(layer.out, wide.out, 0, layer.out.n_rows), (layer.down, wide.down, 0, layer.down.n_rows)]
+        if layer.up is None:
+            jobs.append((layer.gate, wide.gate, 0, len(wide.gate)))
+        else:
+            rows = layer.gate.n_rows
+            jobs += [(layer.gate, wide.gate, 0, rows), (layer.up, wide.gate[rows:], 0, rows)]
+        self._widen(jobs)
+
+    def _widen(self, jobs: list[tuple[Matrix, Any, int, int]]) -> None:
+        """Widen matrices: of each, `rows` rows from tile row `first` on (a multiple of 16) into an array."""
+        table = np.zeros(len(jobs), _WIDENING)
+        at = 0
+        for job, (matrix, to, first, rows) in zip(table, jobs, strict=True):
+            from_ = matrix.address + first // 16 * matrix.n_chunks * matrix.type.nbytes
+            job["pointers"] = from_, int(to.data.ptr)
+            job["ints"] = matrix.type.number, matrix.n_columns, rows, at
+            at += -(-rows // 16) * matrix.n_chunks
+        device_table = self._cupy.asarray(table.view(np.uint8))
+        self._launch("widen", (-(-at // 8),), 256, device_table, np.int32(len(jobs)), np.int32(at))
+
+    # --- what it is made of ------------------------------------------------------------------------------------
+
+    def _empty(self, *shape: int) -> Any:
+        return self._cupy.empty(shape, self._wide_type)
+
+    def _multiply(self, x: Any, weight: Any) -> Any:
+        """x [n, in] by weight [out, in] → float32 [n, out]."""
+        out = self._cupy.empty((len(x), len(weight)), self._cupy.float32)
+        self._product(x, weight, out, len(weight))
+        return out
+
+    def _product(self, x: Any, weight: Any, out: Any, pitch: int) -> None:
+        from cupy_backends.cuda.libs import cublas
+
+        one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+        kind = 2 if self._half else 0  # CUDA_R_16F, CUDA_R_32F
+        rows, width = weight.shape
+        cublas.gemmEx(
+            self._cupy.cuda.device.get_cublas_handle(), cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, rows, len(x), width,
+            one.ctypes.data, weight.data.ptr, kind, width, x.data.ptr, kind, width,
+            zero.ctypes.data, out.data.ptr, 0, pitch, cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT,
+        )  # fmt: skip
+
+    def _launch(self, name: str, grid: tuple[int, ...], threads: int, *arguments: Any, shared: int = 0) -> None:
+        function = self._functions.get(name)
+        if function is None:
+            function = self._functions[name] = self._module.get_function(name)
+        given = tuple(0 if argument is None else argument for argument in arguments)
+        function(grid, (threads,), given, shared_mem=shared)
+
+
+#: `Widening` of prompt.cu
+_WIDENING = np.dtype([("pointers", np.uint64, 2), ("ints", np.int32, 4)])
+_WIDE_NAMES = ("qkv", "out", "gate", "down")
+
+
+def _wide_shape(layer: LayerMatrices, name: str) -> tuple[int, int]:
+    rows: dict[str, Callable[[], tuple[int, int]]] = {
+        "qkv": lambda: (layer.q.n_rows + layer.k.n_rows + layer.v.n_rows, layer.q.n_columns),
+        "out": lambda: (layer.out.n_rows, layer.out.n_columns),
+        "gate": lambda: (16 * layer.gate.n_tiles if layer.up is None else 2 * layer.gate.n_rows, layer.gate.n_columns),
+        "down": lambda: (layer.down.n_rows, layer.down.n_columns),
+    }
+    return rows[name]()
+
+
+class _Viewer:
+    """Shows steps to the tap, and makes the arrays that kernels write them to."""
+
+    def __init__(self, cupy: Any, tap: Tap | None) -> None:
+        self._cupy = cupy
+        self._tap = tap
+
+    def array(self, step: str, layer: int | None, *shape: int) -> Any:
+        """An array for a step that is wanted; None for one that is not."""
+        return self.any((step,), layer, *shape)
+
+    def any(self, steps: tuple[str, ...], layer: int | None, *shape: int) -> Any:
+        """The same for steps that are written together."""
+        if self._tap is None or not any(self._tap.wants(step, layer) for step in steps):
+            return None
+        with gpu.memory_for(f"the step {steps[0]} of {shape[0]:,} rows"):
+            return self._cupy.empty(shape, self._cupy.float32)
+
+    def __call__(self, step: str, layer: int | None, array: Any) -> None:
+        if self._tap is not None and array is not None and self._tap.wants(step, layer):
+            self._tap(step, layer, self._cupy.asnumpy(array))
