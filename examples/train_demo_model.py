@@ -439,13 +439,12 @@ def requantize(source: Path, target: Path, mix: dict[str, str], file_type: str) 
 
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, "qwen2")
-    known = {kind.name.removeprefix("MOSTLY_"): kind for kind in gguf.LlamaFileType}
     for key, field in reader.fields.items():
         if key.startswith("GGUF.") or key == "general.architecture":
             continue
         value = field.contents()
         if key == "general.file_type":
-            value = known.get(file_type) or known.get(f"{file_type}_M") or known[f"{file_type}_S"]
+            value = file_type_number(file_type)
         writer.add_key_value(key, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
     for tensor in reader.tensors:
         values = np.array(tensor.data)
@@ -457,6 +456,14 @@ def requantize(source: Path, target: Path, mix: dict[str, str], file_type: str) 
         else:
             writer.add_tensor(tensor.name, values)
     finish(writer)
+
+
+def file_type_number(name: str) -> int:
+    """general.file_type of a mix's name, or of a block type's, which names a family of mixes (Q4_K: Q4_K_M)."""
+    import gguf
+
+    known = {kind.name.removeprefix("MOSTLY_"): int(kind) for kind in gguf.LlamaFileType}
+    return next(known[name + size] for size in ("", "_M", "_S", "_MOE") if name + size in known)
 
 
 # --------------------------------------------------------------------------------------------- check: what it learned
@@ -640,10 +647,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="+", choices=STAGES)
     parser.add_argument("--work", type=Path, required=True, help="the folder that everything is written to")
-    parser.add_argument("--documents", type=int, default=1_000_000, help="corpus: how many documents")
+    parser.add_argument("--documents", type=int, default=600_000, help="corpus: how many documents")
     parser.add_argument("--shards", type=int, default=64, help="corpus: independent parts, each with its seed")
     parser.add_argument("--jobs", type=int, help="corpus: processes (default: one a core)")
-    parser.add_argument("--steps", type=int, default=12_000, help="train: optimizer steps")
+    parser.add_argument("--steps", type=int, default=6_750, help="train: optimizer steps")
     parser.add_argument("--seconds", type=float, default=3600, help="train: end within this time")
     parser.add_argument("--batch", type=int, default=32, help="train: rows a step")
     parser.add_argument("--length", type=int, default=CONFIG.n_ctx, help="train: tokens a row")
