@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from ggufkit import reader
-from ggufkit.checks import metadata, outliers, structure, template, tensors, tokens  # noqa: F401 - the families register their rules
+from ggufkit.checks import metadata, numeric, outliers, structure, template, tensors, tokens  # noqa: F401 - the families register their rules
 from ggufkit.checks import rule as registry
-from ggufkit.checks.context import Context, Measure, Progress
+from ggufkit.checks.context import Announce, Context, Progress, Scan
 from ggufkit.checks.facts import describe
 from ggufkit.checks.rule import FAMILIES, PROFILES, RULES, Found, Need, Profile, Rule
 from ggufkit.errors import FormatError, GgufkitError, NewerThanTool, NotGGUF
@@ -36,7 +36,8 @@ def run(
     profile: Profile = "llama.cpp",
     jobs: int | None = None,
     progress: Progress | None = None,
-    measure: Measure | None = None,
+    announce: Announce | None = None,
+    scan: Scan | None = None,
 ) -> Report:
     """Check one file, or the split set that it is a part of, without running the model.
 
@@ -46,7 +47,8 @@ def run(
         profile: whose reading of the format decides severities where parsers disagree.
         jobs: threads that measure tensors; by default one a core.
         progress: called as `progress(bytes_done, bytes_in_all)` while tensors are measured.
-        measure: measures a tensor; by default `stats.measure` on the CPU.
+        announce: called with the name of a kernel that has to be compiled first, which takes a second or two, once.
+        scan: measures the tensors; by default `stats.scan`, on the CPU.
 
     Returns:
         The report. A file that is no GGUF, too damaged to open or of a newer version is a report as well.
@@ -61,7 +63,7 @@ def run(
     except tuple(_UNOPENED) as error:
         return _unopened(os.fspath(source), error, profile)
     with gguf:
-        context = Context(gguf, profile, jobs=jobs, progress=progress, measure=measure)
+        context = Context(gguf, profile, jobs=jobs, progress=progress, announce=announce, scan=scan)
         return examine(context, rules, source=os.fspath(source))
 
 

@@ -5,12 +5,10 @@ left out.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +18,7 @@ from ggufkit.chat import TemplateError, TemplateFacts
 from ggufkit.checks.rule import Found, Need, Profile
 from ggufkit.checks.words import Words
 from ggufkit.container import GGUF, Tensor, ValueType
-from ggufkit.errors import GgufkitError
+from ggufkit.errors import FormatError, GgufkitError
 from ggufkit.findings import Skipped
 
 if TYPE_CHECKING:
@@ -28,8 +26,23 @@ if TYPE_CHECKING:
 
 #: called with the bytes measured so far and the bytes in all
 Progress = Callable[[int, int], None]
-#: measures one tensor; `ggufkit.stats.measure` unless another engine (a GPU) is given
-Measure = Callable[[GGUF, Tensor], "TensorStats"]
+#: called with the name of a kernel that has to be compiled first
+Announce = Callable[[str], None]
+
+
+class Scan(Protocol):
+    """What measures tensors, with the signature of `ggufkit.stats.scan`: on the CPU, or on a GPU."""
+
+    def __call__(
+        self,
+        gguf: GGUF,
+        tensors: Iterable[Tensor],
+        *,
+        threads: int | None,
+        progress: Callable[[int], None],
+        announce: Announce | None,
+    ) -> Iterator[tuple[Tensor, TensorStats | GgufkitError]]: ...
+
 
 #: a vector larger than this is no bias or norm
 _VECTOR_BYTES = 4 << 20
@@ -54,15 +67,17 @@ class Context:
         *,
         jobs: int | None = None,
         progress: Progress | None = None,
-        measure: Measure | None = None,
+        announce: Announce | None = None,
+        scan: Scan | None = None,
     ) -> None:
         self.gguf = gguf
         self.profile = profile
         self.unmeasured: dict[str, GgufkitError] = {}
         self.skipped: list[Skipped] = []
-        self._jobs = jobs or min(8, os.cpu_count() or 1)
+        self._jobs = jobs
         self._progress = progress
-        self._measure = measure
+        self._announce = announce
+        self._scan = scan
 
     def lacks(self, need: Need) -> str | None:
         """Why a rule with this need has nothing to look at; None when it has."""
@@ -185,6 +200,16 @@ class Context:
         tensor = self.gguf.tensors[name]
         return tensor.offset + index * (tensor.type.type_size if tensor.type else 0)
 
+    def block_offset(self, name: str, block: int) -> int:
+        """The byte of the file where block `block` of a tensor begins."""
+        tensor = self.gguf.tensors[name]
+        return tensor.offset + block * (tensor.type.type_size if tensor.type else 0)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor's values are packed into blocks."""
+        type_ = self.gguf.tensors[name].type
+        return type_ is not None and type_.is_block
+
     @property
     def was_measured(self) -> bool:
         """Whether a rule asked for `stats`."""
@@ -196,34 +221,37 @@ class Context:
 
         Computed in one pass when first asked for; `unmeasured` then says which tensors are missing, and why.
         """
-        measure = self._measure or _measure
+        from ggufkit import stats
+
+        tensors = self._apart()
+        total, done = sum(tensor.nbytes or 0 for tensor in tensors), 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if self._progress:
+                self._progress(done, total)
+
+        scan = self._scan or stats.scan
+        found: dict[str, TensorStats] = {}
+        for tensor, result in scan(self.gguf, tensors, threads=self._jobs, progress=advance, announce=self._announce):
+            if isinstance(result, GgufkitError):
+                self.unmeasured[tensor.name] = result
+            else:
+                found[tensor.name] = result
+        return found
+
+    def _apart(self) -> list[Tensor]:
+        """The tensors, less those that lie inside others: a small file must not be read a million times over."""
         tensors = list(self.gguf.tensors.values())
-        total = sum(tensor.nbytes or 0 for tensor in tensors)
-        results: dict[str, TensorStats] = {}
-        done = 0
-
-        def one(tensor: Tensor) -> TensorStats | GgufkitError:
-            try:
-                return measure(self.gguf, tensor)
-            except GgufkitError as error:
-                return error
-
-        with ThreadPoolExecutor(self._jobs) as pool:
-            for tensor, result in zip(tensors, pool.map(one, tensors), strict=True):
-                if isinstance(result, GgufkitError):
-                    self.unmeasured[tensor.name] = result
-                else:
-                    results[tensor.name] = result
-                done += tensor.nbytes or 0
-                if self._progress:
-                    self._progress(done, total)
-        return results
-
-
-def _measure(gguf: GGUF, tensor: Tensor) -> TensorStats:
-    from ggufkit import stats
-
-    return stats.measure(gguf, tensor)
+        if sum(tensor.nbytes or 0 for tensor in tensors) <= self.gguf.size:
+            return tensors
+        ends = dict.fromkeys(range(len(self.gguf.shards)), 0)
+        for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, -(tensor.nbytes or 0))):
+            if tensor.nbytes and tensor.offset < ends[tensor.shard]:
+                self.unmeasured[tensor.name] = FormatError("its bytes belong to another tensor as well")
+            ends[tensor.shard] = max(ends[tensor.shard], tensor.offset + (tensor.nbytes or 0))
+        return [tensor for tensor in tensors if tensor.name not in self.unmeasured]
 
 
 def _no_header(context: Context) -> str | None:
