@@ -16,9 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from ggufkit import __version__
+from ggufkit.errors import GgufkitError
 
 
 class State(StrEnum):
@@ -179,23 +181,29 @@ def _gpu() -> Iterator[Check]:
     if driver.cuda < (12, 0):
         yield Check("gpu", "CuPy", "this driver is too old for it", State.ABSENT, "update the NVIDIA driver")
         return
-    yield _attempt("gpu", "CuPy", _cupy, f"pip install 'ggufkit[{extra_for(driver)}]'", State.ABSENT)
+    install = f"pip install 'ggufkit[{extra_for(driver)}]'"
+    if find_spec("cupy") is None:
+        yield Check("gpu", "CuPy", "not installed; the CPU does the work", State.ABSENT, install)
+        return
+    yield _attempt("gpu", "CuPy", _cupy, install)
 
 
 def _cupy() -> str:
-    import cupy
+    from ggufkit import gpu
 
-    cupy.arange(2).sum().item()  # a launch, so that a wrong CUDA version is found here
+    cupy = gpu.library()
+    gpu.device()
+    cupy.arange(2).sum().item()  # a launch, so that a CuPy for another CUDA version is found here
     runtime = cupy.cuda.runtime.runtimeGetVersion()
     return f"{cupy.__version__} works (CUDA {runtime // 1000}.{runtime % 1000 // 10})"
 
 
-def _attempt(group: str, name: str, find: Callable[[], str], help: str, failed: State = State.BROKEN) -> Check:  # noqa: A002
+def _attempt(group: str, name: str, find: Callable[[], str], help: str) -> Check:  # noqa: A002
     """Whatever may fail in any way: what it says, or why it failed and what to do."""
     try:
         return Check(group, name, find())
-    except ImportError as error:
-        return Check(group, name, f"not installed ({error.name or error})", failed, help)
+    except GgufkitError as error:
+        return Check(group, name, str(error), State.BROKEN, error.help or help)
     except Exception as error:  # a broken installation fails in its own ways
         return Check(group, name, f"does not work: {type(error).__name__}: {error}", State.BROKEN, help)
 

@@ -10,6 +10,7 @@ import pytest
 
 from ggufkit import doctor
 from ggufkit.doctor import Check, Driver, State
+from ggufkit.errors import DeviceError
 
 
 class FakeLibrary:
@@ -73,10 +74,7 @@ def test_without_a_gpu_nothing_is_broken(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_gpu_without_cupy_gets_the_exact_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> str:
-        raise ModuleNotFoundError("No module named 'cupy'", name="cupy")
-
-    monkeypatch.setattr(doctor, "_cupy", missing)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     *_, cupy = with_driver(monkeypatch, Driver((13, 0), ("NVIDIA Test",)))
     assert cupy.state is State.ABSENT
     assert cupy.help == "pip install 'ggufkit[cuda13]'"
@@ -87,14 +85,25 @@ def test_an_old_driver_is_to_be_updated(monkeypatch: pytest.MonkeyPatch) -> None
     assert "update" in (cupy.help or "")
 
 
-def test_a_broken_installation_is_reported_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (RuntimeError("CUDA driver version is insufficient"), "pip install 'ggufkit[cuda12]'"),
+        (DeviceError("the driver is insufficient", help="update the driver"), "update the driver"),
+    ],
+)
+def test_a_broken_installation_is_reported_not_raised(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, advice: str
+) -> None:
     def broken() -> str:
-        raise RuntimeError("CUDA driver version is insufficient")
+        raise error
 
+    monkeypatch.setattr(doctor, "find_spec", lambda name: object())
     monkeypatch.setattr(doctor, "_cupy", broken)
     checks = with_driver(monkeypatch, Driver((12, 4), ("NVIDIA Test",)))
     assert checks[-1].state is State.BROKEN
     assert "insufficient" in checks[-1].found
+    assert checks[-1].help == advice
     assert not doctor.healthy(checks)
 
 

@@ -52,7 +52,7 @@ HEAVY = {
     "typer": ("cli",),
     "rich": ("cli", "report"),
     "matplotlib": ("plot.py", "plot"),
-    "cupy": ("gpu.py", "runtime/cuda", "stats", "doctor.py"),
+    "cupy": ("gpu.py", "runtime/cuda", "stats"),
     "torch": ("runtime/witness",),
     "transformers": ("runtime/witness",),
     "llama_cpp": ("runtime/witness",),
