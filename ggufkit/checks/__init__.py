@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from itertools import islice
 
+from ggufkit import manifest as manifests
 from ggufkit import reader
 from ggufkit.checks import metadata, numeric, outliers, structure, template, tensors, tokens  # noqa: F401 - the families register their rules
+from ggufkit.checks import reference as _reference  # noqa: F401 - likewise; `run` has a parameter of that name
 from ggufkit.checks import rule as registry
 from ggufkit.checks.context import Announce, Context, Progress, Scan
 from ggufkit.checks.facts import describe
@@ -38,6 +41,8 @@ def run(
     progress: Progress | None = None,
     announce: Announce | None = None,
     scan: Scan | None = None,
+    reference: str | os.PathLike[str] | None = None,
+    manifest: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Check one file, or the split set that it is a part of, without running the model.
 
@@ -49,21 +54,33 @@ def run(
         progress: called as `progress(bytes_done, bytes_in_all)` while tensors are measured.
         announce: called with the name of a kernel that has to be compiled first, which takes a second or two, once.
         scan: measures the tensors; by default `stats.scan`, on the CPU.
+        reference: another file of the same model, known to be good, to compare with.
+        manifest: checksums of this file, written when it was known to be good.
 
     Returns:
         The report. A file that is no GGUF, too damaged to open or of a newer version is a report as well.
 
     Raises:
         SourceError: the path does not exist or cannot be read.
-        UsageError: `select` or `ignore` names no rule.
+        UsageError: `select` or `ignore` names no rule, or the manifest is none.
+        NotGGUF, FormatError, NewerThanTool: the reference cannot be opened.
     """
     rules = registry.select(select, ignore)
     try:
         gguf = reader.open(source)
     except tuple(_UNOPENED) as error:
         return _unopened(os.fspath(source), error, profile)
-    with gguf:
-        context = Context(gguf, profile, jobs=jobs, progress=progress, announce=announce, scan=scan)
+    with gguf, ExitStack() as stack:
+        context = Context(
+            gguf,
+            profile,
+            jobs=jobs,
+            progress=progress,
+            announce=announce,
+            scan=scan,
+            reference=stack.enter_context(reader.open(reference)) if reference else None,
+            manifest=manifests.load(manifest) if manifest else None,
+        )
         return examine(context, rules, source=os.fspath(source))
 
 

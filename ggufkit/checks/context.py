@@ -22,6 +22,7 @@ from ggufkit.errors import FormatError, GgufkitError
 from ggufkit.findings import Skipped
 
 if TYPE_CHECKING:
+    from ggufkit.manifest import Manifest
     from ggufkit.stats import TensorStats
 
 #: called with the bytes measured so far and the bytes in all
@@ -58,6 +59,7 @@ class Context:
     Attributes:
         gguf: the file or split set.
         profile: whose reading decides where parsers disagree.
+        reference, manifest: something known to be good to compare with, when the user gave it.
     """
 
     def __init__(
@@ -69,8 +71,12 @@ class Context:
         progress: Progress | None = None,
         announce: Announce | None = None,
         scan: Scan | None = None,
+        reference: GGUF | None = None,
+        manifest: Manifest | None = None,
     ) -> None:
         self.gguf = gguf
+        self.reference = reference
+        self.manifest = manifest
         self.profile = profile
         self.unmeasured: dict[str, GgufkitError] = {}
         self.skipped: list[Skipped] = []
@@ -284,6 +290,15 @@ def _no_template(context: Context) -> str | None:
     return None if has_one else "the file has no chat template"
 
 
+def _no_reference(context: Context) -> str | None:
+    reason = _no_tensors(context)
+    return reason or (None if context.reference else "no reference was given")
+
+
+def _no_manifest(context: Context) -> str | None:
+    return _no_header(context) or (None if context.manifest else "no manifest was given")
+
+
 _LACKS: dict[Need, Callable[[Context], str | None]] = {
     Need.HEADER: _no_header,
     Need.TENSORS: _no_tensors,
@@ -292,4 +307,6 @@ _LACKS: dict[Need, Callable[[Context], str | None]] = {
     Need.VOCABULARY: _no_vocabulary,
     Need.TEMPLATE: _no_template,
     Need.DATA: _no_tensors,
+    Need.REFERENCE: _no_reference,
+    Need.MANIFEST: _no_manifest,
 }

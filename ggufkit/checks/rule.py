@@ -49,6 +49,8 @@ class Need(Enum):
     VOCABULARY = "a vocabulary"
     TEMPLATE = "a chat template"
     DATA = "the tensors' data"
+    REFERENCE = "a reference file (--reference)"
+    MANIFEST = "a manifest (--manifest)"
 
 
 @dataclass(frozen=True, slots=True)
