@@ -1,9 +1,10 @@
-"""The arithmetic of the CPU engine, in the operations of `simd`.
+"""The arithmetic of the CPU engine, in the operations of `simd`: one function a kind of operation.
 
-Matrices lie in blocks of sixteen rows side by side, `data[block, column, row]`, so that one load is one column of
-sixteen rows. Quantized ones have a scale (and, for some types, a min) for `group` columns of each row, laid out
-alike: value = scale · code + min. Codes stay codes until the sum of a group is complete when one column of
-activations is multiplied (`matvec`), and are widened once for many columns when there are more (`matmul`).
+An operation is a record of addresses and sizes (see `program`), cut into tasks that any thread may do. Matrices
+lie in blocks of sixteen rows side by side, [block, column, row], so that one load is one column of sixteen rows.
+Quantized ones have a scale (and, for some types, a min) for every `group` columns of each row, laid out alike:
+value = scale · code + min. Codes stay codes until the sum of a group is complete where few columns of activations
+are multiplied (`matvec`), and are widened once for all of them where there are many (`matmul`).
 
 Every result is summed in one order that depends on neither the threads nor the company it is computed in.
 """
@@ -15,20 +16,24 @@ from typing import Any
 
 import numpy as np
 
-from ggufkit.runtime.cpu.crew import claim, finish
 from ggufkit.runtime.cpu.simd import (
     LANES,
     TILE_COLUMNS,
     TILE_VECTORS,
     add,
+    bfloat16s,
+    codes,
     divide,
     exp,
+    float16s,
+    floats,
     fma,
     full,
     kernel,
     load,
     maximum,
     multiply,
+    prefetch,
     store,
     subtract,
     tile,
@@ -36,32 +41,32 @@ from ggufkit.runtime.cpu.simd import (
 )
 
 PANEL = TILE_VECTORS * LANES  # rows that a tile computes at once
-STRIP_PANELS = 2  # panels that a task of `matmul` widens together, to use each piece of x twice
+STRIP = 2  # panels that a task of `matmul` widens together, to use each piece of x twice
 DEPTH = 512  # columns that it widens at once: with the strip, what fits into the second-level cache
+_AHEAD = 4096  # bytes that `matvec` asks for in advance
 
-# --- matrices --------------------------------------------------------------------------------------------------
+#: how the elements of a matrix are stored
+CODES, CODES_MINS, FLOAT32, FLOAT16, BFLOAT16 = range(5)
 
 
-@kernel
-def interleave(rows: Any, out: Any, first_block: int) -> None:
-    """Lay rows [n, columns] side by side into out [blocks, columns, LANES], from `first_block` on."""
-    n_rows, n_columns = rows.shape
-    for block in range((n_rows + LANES - 1) // LANES):
-        for lane in range(LANES):
-            row = block * LANES + lane
-            if row < n_rows:
-                for column in range(n_columns):
-                    out[first_block + block, column, lane] = rows[row, column]
-            else:
-                out[first_block + block, :, lane] = 0
+def scratch_floats(head_dim: int, n_keys: int) -> int:
+    """Float32 values that a thread needs for itself."""
+    channels = -(-head_dim // TILE_COLUMNS) * TILE_COLUMNS
+    return max(STRIP * DEPTH * PANEL, (head_dim + n_keys + TILE_COLUMNS + channels + 3) * PANEL)
+
+
+# --- matrices by vectors ---------------------------------------------------------------------------------------
 
 
 @kernel
-def _group_sum(data: Any, at: int, x: Any, first: int, count: int) -> Any:
+def _dot(data: Any, at: int, x: Any, first: int, count: int) -> Any:
     """Σ data · x over `count` columns, for sixteen rows."""
     a, b, c, d = full(0.0), full(0.0), full(0.0), full(0.0)
+    ahead = _AHEAD // data.itemsize
     for j in range(0, count - 3, 4):
         place = at + j * LANES
+        for part in range(data.itemsize):
+            prefetch(data, place + part * (4 * LANES // data.itemsize) + ahead)
         a = fma(load(data, place), x[first + j], a)
         b = fma(load(data, place + LANES), x[first + j + 1], b)
         c = fma(load(data, place + 2 * LANES), x[first + j + 2], c)
@@ -72,126 +77,172 @@ def _group_sum(data: Any, at: int, x: Any, first: int, count: int) -> Any:
 
 
 @kernel
-def matvec(
-    ticket: Any, n_tasks: int, data: Any, scales: Any, mins: Any, group: int, x: Any, sums: Any, out: Any, span: int
+def _rows_by_vector(
+    op: Any, data: Any, scales: Any, mins: Any, first: int, last: int, x: Any, sums: Any, out: Any
 ) -> None:
-    """out [blocks · LANES] = matrix · x [columns].
-
-    Args:
-        scales, mins: float32 [blocks, groups, LANES] or None.
-        sums: Σ x of each group, float32 [groups]; used with mins only.
-        span: blocks in a task.
-    """
-    n_blocks, n_columns, _ = data.shape
-    n_groups = n_columns // group
-    task = claim(ticket)
-    while task < n_tasks:
-        for block in range(task * span, min((task + 1) * span, n_blocks)):
-            total = full(0.0)
-            for g in range(n_groups):
-                part = _group_sum(data, (block * n_columns + g * group) * LANES, x, g * group, group)
-                at = (block * n_groups + g) * LANES
-                if scales is None:
-                    total = add(total, part)
-                else:
-                    total = fma(part, load(scales, at), total)
-                if mins is not None:
-                    total = fma(load(mins, at), sums[g], total)
-            store(out, block * LANES, total)
-        finish(ticket)
-        task = claim(ticket)
+    """Blocks [first, last) of a matrix by one x. `scales` is None for plain floats, `mins` where there are none."""
+    group, width = op.group, op.width
+    for block in range(first, last):
+        total = full(0.0)
+        for g in range(width // group):
+            part = _dot(data, (block * width + g * group) * LANES, x, g * group, group)
+            at = (block * (width // group) + g) * LANES
+            if scales is None:
+                total = add(total, part)
+            else:
+                total = fma(part, load(scales, at), total)
+            if mins is not None:
+                total = fma(load(mins, at), sums[g], total)
+        store(out, block * LANES, total)
 
 
 @kernel
-def _widen(
-    data: Any, scales: Any, mins: Any, group: int, block: int, first: int, count: int, panel: Any, at: int
-) -> None:
+def matvec(op: Any, task: int) -> None:
+    """out [n, blocks · LANES] = x [n, width] · matrixᵀ for few n; a task is `span` blocks.
+
+    `y` holds Σ x of each group, [n, groups], where the matrix has mins.
+    """
+    first, last = task * op.span, min((task + 1) * op.span, op.blocks)
+    size, groups = op.blocks * op.width * LANES, op.width // op.group
+    scales, mins = floats(op.scales, size // op.group), floats(op.mins, size // op.group)
+    for t in range(op.n):
+        x, sums = floats(op.x + 4 * t * op.width, op.width), floats(op.y + 4 * t * groups, groups)
+        out = floats(op.out + 4 * t * op.blocks * LANES, op.blocks * LANES)
+        if op.layout == CODES:
+            _rows_by_vector(op, codes(op.data, size), scales, None, first, last, x, sums, out)
+        elif op.layout == CODES_MINS:
+            _rows_by_vector(op, codes(op.data, size), scales, mins, first, last, x, sums, out)
+        elif op.layout == FLOAT32:
+            _rows_by_vector(op, floats(op.data, size), None, None, first, last, x, sums, out)
+        elif op.layout == FLOAT16:
+            _rows_by_vector(op, float16s(op.data, size), None, None, first, last, x, sums, out)
+        else:
+            _rows_by_vector(op, bfloat16s(op.data, size), None, None, first, last, x, sums, out)
+
+
+@kernel
+def group_sums(op: Any, task: int) -> None:
+    """out [n, groups] = Σ x over each group of columns; a task a position."""
+    x, groups = floats(op.x + 4 * task * op.width, op.width), op.width // op.group
+    out = floats(op.out + 4 * task * groups, groups)
+    for g in range(groups):
+        total = np.float32(0)
+        for j in range(g * op.group, (g + 1) * op.group):
+            total += x[j]
+        out[g] = total
+
+
+# --- matrices by many columns ----------------------------------------------------------------------------------
+
+
+@kernel
+def _widen(op: Any, data: Any, scales: Any, mins: Any, block: int, first: int, count: int, panel: Any, at: int) -> None:
     """Values of sixteen rows, `count` columns from `first` on, to every PANEL floats of `panel` from `at` on."""
-    n_columns = data.shape[1]
-    n_groups = n_columns // group
+    group, width = op.group, op.width
     for g in range(first // group, (first + count + group - 1) // group):
-        place = (block * n_groups + g) * LANES
-        begin, end = max(g * group, first), min((g + 1) * group, first + count)
-        for column in range(begin, end):
-            value = load(data, (block * n_columns + column) * LANES)
-            if scales is not None:
-                if mins is not None:
-                    value = fma(value, load(scales, place), load(mins, place))
-                else:
-                    value = multiply(value, load(scales, place))
+        place = (block * (width // group) + g) * LANES
+        for column in range(max(g * group, first), min((g + 1) * group, first + count)):
+            value = load(data, (block * width + column) * LANES)
+            if mins is not None:
+                value = fma(value, load(scales, place), load(mins, place))
+            elif scales is not None:
+                value = multiply(value, load(scales, place))
             store(panel, at + (column - first) * PANEL, value)
 
 
 @kernel
-def matmul(ticket: Any, n_tasks: int, data: Any, scales: Any, mins: Any, group: int, x: Any, out: Any) -> None:
-    """out [tiles · TILE_COLUMNS, blocks · LANES] = x · matrixᵀ, a task a strip of rows.
-
-    Args:
-        x: as `arrange` makes it, [tiles, columns, TILE_COLUMNS].
-    """
-    n_blocks, n_columns, _ = data.shape
-    n_tiles, width = x.shape[0], n_blocks * LANES
-    strip = np.empty(STRIP_PANELS * DEPTH * PANEL, np.float32)
-    task = claim(ticket)
-    while task < n_tasks:
-        first_panel = task * STRIP_PANELS
-        n_panels = min(STRIP_PANELS, n_blocks // TILE_VECTORS - first_panel)
-        for first in range(0, n_columns, DEPTH):
-            depth = min(DEPTH, n_columns - first)
-            for panel in range(n_panels):
-                for vector in range(TILE_VECTORS):
-                    block = (first_panel + panel) * TILE_VECTORS + vector
-                    at = panel * DEPTH * PANEL + vector * LANES
-                    _widen(data, scales, mins, group, block, first, depth, strip, at)
-            for t in range(n_tiles):
-                piece = (t * n_columns + first) * TILE_COLUMNS
-                for panel in range(n_panels):
-                    target = t * TILE_COLUMNS * width + (first_panel + panel) * PANEL
-                    tile(strip, panel * DEPTH * PANEL, x, piece, TILE_COLUMNS, 1, depth, out, target, width, first == 0)
-        finish(ticket)
-        task = claim(ticket)
+def _widen_any(op: Any, block: int, first: int, count: int, panel: Any, at: int) -> None:
+    size = op.blocks * op.width * LANES
+    scales, mins = floats(op.scales, size // op.group), floats(op.mins, size // op.group)
+    if op.layout == CODES:
+        _widen(op, codes(op.data, size), scales, None, block, first, count, panel, at)
+    elif op.layout == CODES_MINS:
+        _widen(op, codes(op.data, size), scales, mins, block, first, count, panel, at)
+    elif op.layout == FLOAT32:
+        _widen(op, floats(op.data, size), None, None, block, first, count, panel, at)
+    elif op.layout == FLOAT16:
+        _widen(op, float16s(op.data, size), None, None, block, first, count, panel, at)
+    else:
+        _widen(op, bfloat16s(op.data, size), None, None, block, first, count, panel, at)
 
 
 @kernel
-def arrange(ticket: Any, n_tasks: int, x: Any, out: Any) -> None:
-    """x [T, columns] as [tiles, columns, TILE_COLUMNS], the last tile filled up with zeros; a task a tile."""
-    n_rows, n_columns = x.shape
-    task = claim(ticket)
-    while task < n_tasks:
-        for c in range(TILE_COLUMNS):
-            row = task * TILE_COLUMNS + c
-            if row < n_rows:
-                for column in range(n_columns):
-                    out[task, column, c] = x[row, column]
-            else:
-                out[task, :, c] = 0
-        finish(ticket)
-        task = claim(ticket)
+def matmul(op: Any, task: int, scratch: Any) -> None:
+    """out [tiles · TILE_COLUMNS, blocks · LANES] = x · matrixᵀ, x as `arrange` left it; a task is a strip of rows."""
+    n_tiles, height = (op.n + TILE_COLUMNS - 1) // TILE_COLUMNS, op.blocks * LANES
+    x = floats(op.x, n_tiles * op.width * TILE_COLUMNS)
+    out = floats(op.out, n_tiles * TILE_COLUMNS * height)
+    first_panel = task * STRIP
+    n_panels = min(STRIP, op.blocks // TILE_VECTORS - first_panel)
+    for first in range(0, op.width, DEPTH):
+        depth = min(DEPTH, op.width - first)
+        for panel in range(n_panels):
+            for vector in range(TILE_VECTORS):
+                block = (first_panel + panel) * TILE_VECTORS + vector
+                _widen_any(op, block, first, depth, scratch, panel * DEPTH * PANEL + vector * LANES)
+        for t in range(n_tiles):
+            piece = (t * op.width + first) * TILE_COLUMNS
+            for panel in range(n_panels):
+                target = t * TILE_COLUMNS * height + (first_panel + panel) * PANEL
+                at = panel * DEPTH * PANEL
+                tile(scratch, at, x, piece, TILE_COLUMNS, 1, depth, out, target, height, first == 0)
+
+
+@kernel
+def arrange(op: Any, task: int) -> None:
+    """x [n, width] as [tiles, width, TILE_COLUMNS], the last tile filled up with zeros; a task is a tile."""
+    x, size = floats(op.x, op.n * op.width), op.width * TILE_COLUMNS
+    out = floats(op.out + 4 * task * size, size)
+    for c in range(TILE_COLUMNS):
+        row = task * TILE_COLUMNS + c
+        for column in range(op.width):
+            out[column * TILE_COLUMNS + c] = x[row * op.width + column] if row < op.n else np.float32(0)
+
+
+@kernel
+def trim(op: Any, task: int) -> None:
+    """x [n, blocks · LANES] without the rows that only fill up the last block: out [n, width]; a task a position."""
+    x = floats(op.x + 4 * task * op.blocks * LANES, op.width)
+    out = floats(op.out + 4 * task * op.width, op.width)
+    for i in range(op.width):
+        out[i] = x[i]
 
 
 # --- attention -------------------------------------------------------------------------------------------------
 
 
 @kernel
-def _query_panel(q: Any, heads: int, key_head: int, first: int, panel: Any, limits: Any, position: int) -> int:
+def keep(op: Any, task: int) -> None:
+    """Put keys x and values y [n, heads, width] into the cache [heads, n_ctx, width] at `position`; a task a head."""
+    size, start = op.n * op.width, 4 * (task * op.n_ctx + op.position) * op.width
+    keys, values = floats(op.keys + start, size), floats(op.values + start, size)
+    k, v = floats(op.x, size * op.heads), floats(op.y, size * op.heads)
+    for t in range(op.n):
+        for d in range(op.width):
+            keys[t * op.width + d] = k[(t * op.heads + task) * op.width + d]
+            values[t * op.width + d] = v[(t * op.heads + task) * op.width + d]
+
+
+@kernel
+def _query_panel(op: Any, shared: int, key_head: int, first: int, panel: Any, limits: Any) -> int:
     """Fill `panel` [D, PANEL] with rows of queries, and the lanes' last visible keys; the largest of these.
 
     A row is one query head at one position; those that share a key head are numbered position by position.
     Lanes beyond the last row repeat it.
     """
-    n_positions, _, head_dim = q.shape
-    n_rows = n_positions * heads
+    q, n_rows = floats(op.x, op.n * op.heads * op.width), op.n * shared
     for lane in range(PANEL):
         row = min(first + lane, n_rows - 1)
-        limits[lane] = position + row // heads
-        for d in range(head_dim):
-            panel[d * PANEL + lane] = q[row // heads, key_head * heads + row % heads, d]
-    return position + min(first + PANEL - 1, n_rows - 1) // heads
+        start = (row // shared * op.heads + key_head * shared + row % shared) * op.width
+        limits[lane] = op.position + row // shared
+        for d in range(op.width):
+            panel[d * PANEL + lane] = q[start + d]
+    return op.position + min(first + PANEL - 1, n_rows - 1) // shared
 
 
 @kernel
 def _soft_max(scores: Any, n_keys: int, limits: Any, scale: Any, lane: int, total: Any) -> None:
-    """Turn scores [keys, PANEL] into exponentials in place, for sixteen lanes; `total` is their sum.
+    """Turn scores [keys, PANEL] into exponentials in place, for sixteen lanes; `total` is one over their sum.
 
     A key beyond a lane's limit is not seen: 0. The largest score is taken off first, so that none overflows.
     """
@@ -207,112 +258,113 @@ def _soft_max(scores: Any, n_keys: int, limits: Any, scale: Any, lane: int, tota
         power = where_reaches(limit, key, exp(subtract(load(scores, key * PANEL + lane), largest)), 0.0)
         store(scores, key * PANEL + lane, power)
         summed = add(summed, power)
-    store(total, lane, summed)
+    store(total, lane, divide(1.0, summed))
 
 
 @kernel
-def _show(scores: Any, n_keys: int, heads: int, key_head: int, first: int, factors: Any, out: Any) -> None:
-    """Copy scores [keys, PANEL] times a factor a lane to where a trace wants them: out [T, H, S]."""
-    n_rows = out.shape[0] * heads
+def _show(
+    op: Any, scores: Any, n_keys: int, shared: int, key_head: int, first: int, factors: Any, address: int
+) -> None:
+    """Copy scores [keys, PANEL] times a factor a lane to where a trace wants them, [n, heads, position + n]."""
+    most = op.position + op.n
+    for lane in range(min(PANEL, op.n * shared - first)):
+        row = first + lane
+        head = row // shared * op.heads + key_head * shared + row % shared
+        out = floats(address + 4 * head * most, most)
+        for key in range(most):
+            out[key] = scores[key * PANEL + lane] * factors[lane] if key < n_keys else np.float32(0)
+
+
+@kernel
+def attend(op: Any, task: int, scratch: Any) -> None:
+    """Softmax attention of queries x [n, heads, width] at `position` and after over the cache's keys up to their own.
+
+    A task is a panel of query rows of one key head. out is [n, heads, width]; `kq` and `kq_soft_max` are where a
+    trace wants the scores and the probabilities, or 0.
+    """
+    shared = op.heads // op.key_heads
+    n_rows, most = op.n * shared, op.position + op.n
+    per_head = (n_rows + PANEL - 1) // PANEL
+    key_head, first = task // per_head, task % per_head * PANEL
+    room = (most + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS * PANEL
+    scores, panel = scratch[:room], scratch[room : room + op.width * PANEL]
+    rest = scratch[room + op.width * PANEL :]
+    limits, total, scales, result = (
+        rest[:PANEL],
+        rest[PANEL : 2 * PANEL],
+        rest[2 * PANEL : 3 * PANEL],
+        rest[3 * PANEL :],
+    )
+    scale = np.float32(1 / math.sqrt(op.width))
+    scales[:] = scale
+    cached = op.n_ctx * op.width
+    keys = floats(op.keys + 4 * key_head * cached, cached)
+    values = floats(op.values + 4 * key_head * cached, cached)
+    n_keys = _query_panel(op, shared, key_head, first, panel, limits) + 1
+    for key in range(0, most if op.kq else n_keys, TILE_COLUMNS):
+        tile(panel, 0, keys, key * op.width, 1, op.width, op.width, scores, key * PANEL, PANEL, True)
+    if op.kq:
+        _show(op, scores, most, shared, key_head, first, scales, op.kq)
+    for lane in range(0, PANEL, LANES):
+        _soft_max(scores, n_keys, limits, scale, lane, total)
+    if op.kq_soft_max:
+        _show(op, scores, n_keys, shared, key_head, first, total, op.kq_soft_max)
+    for d in range(0, op.width, TILE_COLUMNS):
+        tile(scores, 0, values, d, op.width, 1, n_keys, result, d * PANEL, PANEL, True)
+    out = floats(op.out, op.n * op.heads * op.width)
     for lane in range(min(PANEL, n_rows - first)):
         row = first + lane
-        for key in range(n_keys):
-            out[row // heads, key_head * heads + row % heads, key] = scores[key * PANEL + lane] * factors[lane]
-
-
-@kernel
-def attention(
-    ticket: Any, n_tasks: int, q: Any, keys: Any, values: Any, position: int, out: Any, kq: Any, probs: Any
-) -> None:
-    """Softmax attention of queries at `position` and after over all keys up to their own; a task a panel of rows.
-
-    Args:
-        q: float32 [T, H, D].
-        keys, values: float32 [K, n_ctx, D], with room behind for a tile to overshoot.
-        out: float32 [T, H, D].
-        kq, probs: float32 [T, H, S] for a trace, or empty.
-    """
-    n_positions, n_heads, head_dim = q.shape
-    n_key_heads, n_ctx, _ = keys.shape
-    heads = n_heads // n_key_heads
-    per_head = (n_positions * heads + PANEL - 1) // PANEL
-    scale = np.float32(1 / math.sqrt(head_dim))
-    traced = kq.size > 0
-    most = position + n_positions
-    room = (most + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS
-    channels = (head_dim + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS
-    panel, scores = np.empty(head_dim * PANEL, np.float32), np.empty(room * PANEL, np.float32)
-    result = np.empty(channels * PANEL, np.float32)
-    limits, total, scales = np.empty(PANEL, np.float32), np.empty(PANEL, np.float32), np.full(PANEL, scale)
-    task = claim(ticket)
-    while task < n_tasks:
-        key_head, first = task // per_head, task % per_head * PANEL
-        last = _query_panel(q, heads, key_head, first, panel, limits, position)
-        start = key_head * n_ctx * head_dim
-        for key in range(0, most if traced else last + 1, TILE_COLUMNS):
-            at = start + key * head_dim
-            tile(panel, 0, keys, at, 1, head_dim, head_dim, scores, key * PANEL, PANEL, True)
-        if traced:
-            _show(scores, most, heads, key_head, first, scales, kq)
-        for lane in range(0, PANEL, LANES):
-            _soft_max(scores, last + 1, limits, scale, lane, total)
-        for lane in range(PANEL):
-            total[lane] = 1 / total[lane]
-        if traced:
-            _show(scores, last + 1, heads, key_head, first, total, probs)
-        for d in range(0, head_dim, TILE_COLUMNS):
-            tile(scores, 0, values, start + d, head_dim, 1, last + 1, result, d * PANEL, PANEL, True)
-        for lane in range(min(PANEL, n_positions * heads - first)):
-            row = first + lane
-            for d in range(head_dim):
-                out[row // heads, key_head * heads + row % heads, d] = result[d * PANEL + lane] * total[lane]
-        finish(ticket)
-        task = claim(ticket)
+        start = (row // shared * op.heads + key_head * shared + row % shared) * op.width
+        for d in range(op.width):
+            out[start + d] = result[d * PANEL + lane] * total[lane]
 
 
 # --- rows ------------------------------------------------------------------------------------------------------
 
 
 @kernel
-def rms_norm(ticket: Any, n_tasks: int, x: Any, weight: Any, eps: float, out: Any) -> None:
-    """x / sqrt(mean(x²) + eps) · weight of each row, the mean in double precision; a task a row."""
-    width = x.shape[1]
-    task = claim(ticket)
-    while task < n_tasks:
-        total = 0.0
-        for i in range(width):
-            total += np.float64(x[task, i]) * np.float64(x[task, i])
-        factor = np.float32(1 / math.sqrt(total / width + eps))
-        for i in range(width):
-            out[task, i] = x[task, i] * factor * weight[i]
-        finish(ticket)
-        task = claim(ticket)
+def rms_norm(op: Any, task: int) -> None:
+    """out = x / sqrt(mean(x²) + eps) · weight, the mean in double precision; a task is a row of `width`.
+
+    The weight is at `data`, eps at `y`.
+    """
+    x, out = floats(op.x + 4 * task * op.width, op.width), floats(op.out + 4 * task * op.width, op.width)
+    weight, eps = floats(op.data, op.width), np.float64(floats(op.y, 1)[0])
+    total = 0.0
+    for i in range(op.width):
+        total += np.float64(x[i]) * np.float64(x[i])
+    factor = np.float32(1 / math.sqrt(total / op.width + eps))
+    for i in range(op.width):
+        out[i] = x[i] * factor * weight[i]
 
 
 @kernel
-def rotate(x: Any, cos: Any, sin: Any) -> None:
-    """Turn the pairs (i, i + D/2) of x [T, heads, D] in place; cos and sin are [T, D/2]."""
-    half = x.shape[2] // 2
-    for t in range(x.shape[0]):
-        for h in range(x.shape[1]):
-            for i in range(half):
-                low, high = x[t, h, i], x[t, h, i + half]
-                x[t, h, i] = low * cos[t, i] - high * sin[t, i]
-                x[t, h, i + half] = low * sin[t, i] + high * cos[t, i]
+def rotate(op: Any, task: int) -> None:
+    """Turn the pairs (i, i + D/2) of x [n, heads, D] in place; `y` holds cos and sin, [2, n, D/2]; a task a row."""
+    half = op.width // 2
+    cos, sin = floats(op.y + 4 * task * half, half), floats(op.y + 4 * (op.n + task) * half, half)
+    for h in range(op.heads):
+        x = floats(op.x + 4 * (task * op.heads + h) * op.width, op.width)
+        for i in range(half):
+            low, high = x[i], x[i + half]
+            x[i] = low * cos[i] - high * sin[i]
+            x[i + half] = low * sin[i] + high * cos[i]
 
 
 @kernel
-def silu_times(ticket: Any, n_tasks: int, gate: Any, up: Any, out: Any) -> None:
-    """silu(gate) · up, elementwise, silu(x) = x / (1 + e^-x); a task a row."""
-    width = gate.shape[1]
-    task = claim(ticket)
-    while task < n_tasks:
-        for i in range(0, width - LANES + 1, LANES):
-            at = task * width + i
-            x = load(gate, at)
-            store(out, at, multiply(divide(x, add(exp(subtract(0.0, x)), 1.0)), load(up, at)))
-        for i in range(width - width % LANES, width):
-            x = gate[task, i]
-            out[task, i] = x / (1 + math.exp(-x)) * up[task, i]
-        finish(ticket)
-        task = claim(ticket)
+def plus(op: Any, task: int) -> None:
+    """x += y, y being one vector or as many as there are rows (`heads`); a task is a row of `width`."""
+    x, y = floats(op.x + 4 * task * op.width, op.width), floats(op.y + 4 * (task % op.heads) * op.width, op.width)
+    for i in range(op.width):
+        x[i] += y[i]
+
+
+@kernel
+def silu_times(op: Any, task: int) -> None:
+    """x = silu(x) · y, silu(x) = x / (1 + e^-x); a task is a row of `width`."""
+    x, y = floats(op.x + 4 * task * op.width, op.width), floats(op.y + 4 * task * op.width, op.width)
+    for i in range(0, op.width - LANES + 1, LANES):
+        gate = load(x, i)
+        store(x, i, multiply(divide(gate, add(exp(subtract(0.0, gate)), 1.0)), load(y, i)))
+    for i in range(op.width - op.width % LANES, op.width):
+        x[i] = x[i] / (1 + math.exp(-x[i])) * y[i]

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from ggufkit import quants
 from ggufkit.container import GGUF, Tensor
-from ggufkit.runtime.cpu.crew import available_threads
-from ggufkit.runtime.cpu.kernels import PANEL, interleave
+from ggufkit.runtime.cpu.interleave import interleave
+from ggufkit.runtime.cpu.kernels import BFLOAT16, CODES, CODES_MINS, FLOAT16, FLOAT32, PANEL
+from ggufkit.runtime.cpu.program import available_threads
 from ggufkit.runtime.cpu.simd import LANES
 from ggufkit.runtime.engine import Edit
 from ggufkit.runtime.weights import Weights
@@ -48,6 +49,18 @@ class Matrix:
     scales: NDArray[np.float32] | None
     mins: NDArray[np.float32] | None
     group: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of LANES rows."""
+        return len(self.data)
+
+    @property
+    def layout(self) -> int:
+        """How the kernels have to read it."""
+        if self.data.dtype == np.int8:
+            return CODES if self.mins is None else CODES_MINS
+        return {np.dtype(np.int16): FLOAT16, np.dtype(np.uint16): BFLOAT16}.get(self.data.dtype, FLOAT32)
 
     @property
     def nbytes(self) -> int:

@@ -19,7 +19,9 @@ from typing import Any, TypeVar, cast
 
 import llvmlite.binding as llvm
 import numba
+import numpy as np
 from llvmlite import ir
+from numba import carray  # type: ignore[attr-defined]
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
@@ -33,8 +35,13 @@ _FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 
 
 def kernel(function: Function) -> Function:
-    """Compile at the first call, once a type of its arguments, without the GIL, and keep the result on disk."""
-    return cast(Function, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+    """Compile at the first call, once a type of its arguments; runs without the GIL and checks no index."""
+    return cast(Function, numba.njit(nogil=True, error_model="numpy", boundscheck=False)(function))
+
+
+def kept(function: Function) -> Function:
+    """A kernel whose code is kept on disk. Numba notices changes of the function's own file only."""
+    return cast(Function, numba.njit(nogil=True, error_model="numpy", boundscheck=False, cache=True)(function))
 
 
 def _operation(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -321,6 +328,75 @@ def tile(
 def _TILE_TYPES(panel: Any, x: Any, out: Any) -> tuple[Any, ...]:
     at = types.int64
     return panel, at, x, at, at, at, at, out, at, at, types.boolean
+
+
+# --- memory, and other threads ---------------------------------------------------------------------------------
+
+
+@_operation
+def pointer(typing: Any, address: Any) -> Any:
+    """An int64 as a pointer, for Numba's `carray`."""
+    return types.voidptr(types.int64), lambda context, builder, signature, arguments: builder.inttoptr(
+        arguments[0], ir.IntType(8).as_pointer()
+    )
+
+
+@kernel
+def floats(address: int, count: int) -> Any:
+    """The float32 array at an address."""
+    return carray(pointer(address), count, np.float32)
+
+
+@kernel
+def codes(address: int, count: int) -> Any:
+    """The int8 array at an address."""
+    return carray(pointer(address), count, np.int8)
+
+
+@kernel
+def float16s(address: int, count: int) -> Any:
+    """The bits of float16 at an address, which `load` knows by their type."""
+    return carray(pointer(address), count, np.int16)
+
+
+@kernel
+def bfloat16s(address: int, count: int) -> Any:
+    """The bits of bfloat16 at an address, which `load` knows by their type."""
+    return carray(pointer(address), count, np.uint16)
+
+
+@_operation
+def prefetch(typing: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of an element that is needed soon; it need not exist."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[0], *arguments)
+        address = builder.bitcast(address, ir.IntType(8).as_pointer())
+        type_ = ir.FunctionType(ir.VoidType(), [address.type, _I32, _I32, _I32])
+        function = _emit.get_or_insert_function(builder.module, type_, "llvm.prefetch.p0")
+        builder.call(function, [address, _I32(0), _I32(3), _I32(1)])  # to read, into every level, data
+        return context.get_dummy_value()
+
+    return types.void(array, index), generate
+
+
+@_operation
+def pause(typing: Any) -> Any:
+    """Give way, while waiting, to whoever shares the core."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if (known := _PAUSE.get(platform.machine().lower())) is not None:
+            name, operands = known
+            type_ = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
+            builder.call(_emit.get_or_insert_function(builder.module, type_, name), operands)
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+_YIELD = ("llvm.aarch64.hint", [_I32(1)])
+_X86_PAUSE: tuple[str, list[Any]] = ("llvm.x86.sse2.pause", [])
+_PAUSE = {"x86_64": _X86_PAUSE, "amd64": _X86_PAUSE, "arm64": _YIELD, "aarch64": _YIELD}
 
 
 @_operation
