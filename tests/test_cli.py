@@ -502,9 +502,3 @@ def test_doctor() -> None:
     assert result.exit_code == 0
     assert "Python" in result.stdout
     assert as_json("doctor")["schema"] == "ggufkit.doctor/1"
-
-
-def test_demo() -> None:
-    out = ggufkit("demo").stdout
-    for part in ("✓ OK", "One bit flipped", "✗ BROKEN", "ggufkit validate model.gguf"):
-        assert part in out

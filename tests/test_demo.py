@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from ggufkit import demo, reader
+from ggufkit.cli import app
 from ggufkit.demo import Scene
 from ggufkit.findings import Judgement, Severity, Verdict
 from ggufkit.runtime.engine import Edit
 
 
 @pytest.fixture(scope="module")
-def scenes() -> list[Scene]:
-    return list(demo.scenes())
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("copies")
+
+
+@pytest.fixture(scope="module")
+def scenes(folder: Path) -> Iterator[list[Scene]]:
+    """The whole story, told once, with its copies in `folder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(folder))
+        yield list(demo.scenes())
 
 
 def test_the_model_is_small_enough_to_be_bundled() -> None:
@@ -81,8 +94,22 @@ def test_a_damaged_copy_differs_where_it_should_and_nowhere_else(tmp_path: Path)
     )
 
 
-def test_the_copies_are_gone_afterwards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    for _ in demo.scenes():
-        pass
-    assert list(tmp_path.iterdir()) == []
+def test_the_copies_are_gone_afterwards(scenes: list[Scene], folder: Path) -> None:
+    assert len(scenes) == 3
+    assert list(folder.iterdir()) == []
+
+
+def test_the_command_tells_the_story(scenes: list[Scene], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "scenes", lambda: iter(scenes))
+    out = CliRunner().invoke(app, ["demo"]).stdout
+    assert scenes[0].reply is not None
+    for part in ("✓ OK", "One bit flipped", "✗ BROKEN", "O206", "ggufkit validate model.gguf"):
+        assert part in out
+    assert all(line.strip() in out for line in scenes[0].reply.text.strip().splitlines())
+
+
+def test_the_story_as_a_document(scenes: list[Scene], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "scenes", lambda: iter(scenes))
+    found = json.loads(CliRunner().invoke(app, ["demo", "--json"]).stdout)
+    assert found["schema"] == "ggufkit.demo/1"
+    assert [scene["report"]["verdict"] for scene in found["scenes"]] == ["ok", "broken", "broken"]

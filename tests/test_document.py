@@ -46,7 +46,7 @@ def test_a_document_names_its_schema_first_and_is_plain_ascii() -> None:
     assert text.splitlines()[1] == '  "schema": "ggufkit.inspect/1",'
     assert text.isascii()
     assert "\x1b" not in text
-    assert json.loads(text)["name"] == "秋\x1b[31m\udcff\u202e"
+    assert json.loads(text)["name"] == "秋\x1b[31m\\xff\u202e"  # a byte that is no UTF-8 has no place in JSON
 
 
 def test_one_line_when_several_follow_each_other() -> None:
@@ -58,6 +58,30 @@ def test_what_has_no_form_is_refused() -> None:
         plain({"a": object()})
 
 
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("documents")
+    model, one, two = demo.MODEL, folder / "a.safetensors", folder / "b.safetensors"
+    for target in (one, two):
+        printed("trace", model, "--tokens", "1,2", "-o", target, *(["--dtype", "float64"] if target == two else []))
+    flip = folder / "flipped.gguf"
+    with reader.open(model) as gguf:
+        demo.damaged(gguf, flip, [demo.flipped_bit(gguf)[0]])
+    calls = {
+        "inspect": ("inspect", model),
+        "validate": ("validate", flip),
+        "rules": ("rules",),
+        "run": ("run", model, "-p", "snow", "-n", 3),
+        "trace": ("trace", model, "--tokens", "1,2", "--summary", "--layers", 0),
+        "compare": ("compare", one, two),
+        "tokenize": ("tokenize", model, "snow"),
+        "bench": ("bench", model, "--pp", 8, "--tg", 2, "-r", 2),
+        "doctor": ("doctor",),
+        "error": ("inspect", folder / "missing.gguf"),
+    }
+    return {name: json.loads(printed(*args, "--json")) for name, args in calls.items()}
+
+
 class TestShapes:
     """Every command's document keeps its shape: fields may be added, none renamed or removed.
 
@@ -66,29 +90,6 @@ class TestShapes:
     """
 
     GOLDEN = Path(__file__).with_name("golden") / "documents.json"
-
-    @pytest.fixture(scope="class")
-    def documents(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-        folder = tmp_path_factory.mktemp("documents")
-        model, one, two = demo.MODEL, folder / "a.safetensors", folder / "b.safetensors"
-        for target in (one, two):
-            printed("trace", model, "--tokens", "1,2", "-o", target, *(["--dtype", "float64"] if target == two else []))
-        flip = folder / "flipped.gguf"
-        with reader.open(model) as gguf:
-            demo.damaged(gguf, flip, [demo.flipped_bit(gguf)[0]])
-        calls = {
-            "inspect": ("inspect", model),
-            "validate": ("validate", flip),
-            "rules": ("rules",),
-            "run": ("run", model, "-p", "snow", "-n", 3),
-            "trace": ("trace", model, "--tokens", "1,2", "--summary", "--layers", 0),
-            "compare": ("compare", one, two),
-            "tokenize": ("tokenize", model, "snow"),
-            "bench": ("bench", model, "--pp", 8, "--tg", 2, "-r", 2),
-            "doctor": ("doctor",),
-            "error": ("inspect", folder / "missing.gguf"),
-        }
-        return {name: json.loads(printed(*args, "--json")) for name, args in calls.items()}
 
     def test_each_names_its_schema(self, documents: dict[str, Any]) -> None:
         assert {name: found["schema"] for name, found in documents.items()} == {
