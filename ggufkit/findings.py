@@ -119,6 +119,7 @@ class Report:
         rules_run, rules: how many rules had something to look at, of how many there are.
         facts: what the file is, for the reader of the report.
         probes: numbers from running the model, by name.
+        known: findings that a baseline lists; they are counted and not in `findings`.
     """
 
     source: str
@@ -131,6 +132,7 @@ class Report:
     facts: Mapping[str, Any] = field(default_factory=dict)
     probes: Mapping[str, Any] = field(default_factory=dict)
     not_gguf: bool = False
+    known: int = 0
 
     @property
     def verdict(self) -> Verdict:

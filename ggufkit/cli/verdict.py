@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ggufkit.cli.common import Json, Output, command, print_line, progress, stdout, write_text, writing
+from ggufkit.cli.common import Json, Output, command, note, print_line, progress, stdout, write_text, writing
 from ggufkit.errors import UsageError
 from ggufkit.findings import Report, Severity, Skipped
 
@@ -31,6 +33,9 @@ class Format(StrEnum):
     TEXT = "text"
     JSON = "json"
     JSONL = "jsonl"
+    SARIF = "sarif"
+    JUNIT = "junit"
+    GITHUB = "github"
 
 
 def register(app: typer.Typer) -> None:
@@ -45,21 +50,57 @@ def validate(
     select: Codes = None,
     ignore: Codes = None,
     run: Annotated[bool | None, typer.Option("--run/--no-run", help="Also run the model.")] = None,
-    profile: Annotated[Literal["llama.cpp", "spec"], typer.Option(help="Whose reading decides.")] = "llama.cpp",
-    min_severity: Annotated[Severity, typer.Option(help="Exit with 1 from here on.")] = Severity.ERROR,
+    reference: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Another file of the same model, known to be good.")
+    ] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Checksums of this file, written when it was good.")
+    ] = None,
+    write_manifest: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write such checksums, if nothing is wrong with the file.")
+    ] = None,
+    baseline: Annotated[Path | None, typer.Option(metavar="FILE", help="Known findings: counted, not shown.")] = None,
+    write_baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the findings as known ones.")
+    ] = None,
+    profile: Annotated[
+        Literal["llama.cpp", "spec"] | None, typer.Option(help="Whose reading decides; llama.cpp's by default.")
+    ] = None,
+    min_severity: Annotated[
+        Severity | None, typer.Option(help="Exit with 1 from here on; by default for errors.")
+    ] = None,
     format: Annotated[Format, typer.Option(help="How to write the report.")] = Format.TEXT,  # noqa: A002
     json: Json = False,
     output: Output = None,
     jobs: Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads; by default one a core.")] = None,
 ) -> int:
     """Say what is wrong with a file, each finding with its evidence."""
+    from ggufkit import baseline as baselines
+    from ggufkit import settings as settled
+
     shape = Format.JSON if json else format
     paths = list(_files(sources))
     if shape is Format.JSON and len(paths) > 1:
         raise UsageError(f"{len(paths)} files do not fit into one document", help="use --format jsonl")
-    results = [_with_run(_check(path, select, ignore, profile, jobs), run) for path in paths]
+    if write_manifest is not None and len(paths) > 1:
+        raise UsageError(f"{len(paths)} files do not fit into one manifest")
+    settings = settled.find(Path.cwd())
+    asked = _Asked(
+        _codes(select) or list(settings.select),
+        [*_codes(ignore), *settings.ignore],
+        profile or settings.profile or "llama.cpp",
+        jobs,
+        reference,
+        manifest,
+    )
+    results = [_with_run(_check(path, asked), run) for path in paths]
+    _remember(results, write_manifest, write_baseline)
+    if baseline is not None:
+        known = baselines.load(baseline)
+        results = [baselines.without_known(result, known) for result in results]
     _write(results, shape, output)
-    return max((result.exit_code(min_severity) for result in results), key=_OUTRANKS.index)
+    least = min_severity or settings.min_severity or Severity.ERROR
+    return max((result.exit_code(least) for result in results), key=_OUTRANKS.index)
 
 
 @command
@@ -108,16 +149,30 @@ def _files(sources: Iterable[str]) -> Iterable[str]:
         yield from (str(path) for path in found if path == shard_paths(path)[0])
 
 
-def _check(path: str, select: list[str] | None, ignore: list[str] | None, profile: Profile, jobs: int | None) -> Report:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What every file is to be checked for."""
+
+    select: list[str]
+    ignore: list[str]
+    profile: Profile
+    jobs: int | None
+    reference: str | None
+    manifest: Path | None
+
+
+def _check(path: str, asked: _Asked) -> Report:
     from ggufkit import checks
 
     with progress(f"reading {Path(path).name}") as advance:
         return checks.run(
             path,
-            select=_codes(select),
-            ignore=_codes(ignore),
-            profile=profile,
-            jobs=jobs,
+            select=asked.select,
+            ignore=asked.ignore,
+            profile=asked.profile,
+            jobs=asked.jobs,
+            reference=asked.reference,
+            manifest=asked.manifest,
             progress=lambda done, total: advance(done / max(total, 1)),
         )
 
@@ -132,7 +187,42 @@ def _with_run(result: Report, run: bool | None) -> Report:
     return replace(result, skipped=(*result.skipped, skip))
 
 
+def _remember(results: list[Report], manifest: Path | None, baseline: Path | None) -> None:
+    """Write a manifest of a good file, and a baseline of whatever was found."""
+    from ggufkit import baseline as baselines
+    from ggufkit import manifest as manifests
+    from ggufkit.report.document import named_document
+
+    if manifest is not None:
+        if results[0].worst is Severity.ERROR:
+            raise UsageError("no manifest is written of a file with errors", path=results[0].source)
+        write_text(named_document(manifests.SCHEMA, _manifest(results[0].source)), manifest)
+        note(f"{manifest}: checksums of {results[0].tensors} tensors")
+    if baseline is not None:
+        write_text(named_document(baselines.SCHEMA, baselines.entries(results)), baseline)
+        note(f"{baseline}: {sum(len(result.findings) for result in results)} known findings")
+
+
+def _manifest(path: str) -> dict[str, Any]:
+    from ggufkit import manifest as manifests
+    from ggufkit import reader
+
+    with reader.open(path) as gguf, progress("checksums", gguf.size) as advance:
+        done = 0
+
+        def add(count: int) -> None:
+            nonlocal done
+            done += count
+            advance(done)
+
+        return manifests.make(gguf, add).as_document(path)
+
+
 def _write(results: list[Report], shape: Format, output: Path | None) -> None:
+    if shape in (Format.SARIF, Format.JUNIT, Format.GITHUB):
+        renderer = import_module(f"ggufkit.report.{shape}")
+        write_text(renderer.render(results), output)
+        return
     if shape is not Format.TEXT:
         from ggufkit.report import json_v1
 

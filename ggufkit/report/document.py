@@ -35,6 +35,11 @@ def document(command: str, body: Any, *, indent: int | None = 2) -> str:
     return json.dumps(whole, indent=indent, ensure_ascii=True, allow_nan=False)
 
 
+def named_document(schema: str, body: Any) -> str:
+    """A document of a schema of its own, such as a manifest's."""
+    return json.dumps({"schema": schema, **plain(body)}, indent=1, ensure_ascii=True, allow_nan=False)
+
+
 def plain(value: Any) -> Any:
     """`value` as JSON's own types: dataclasses become objects, arrays lists, enums their values.
 

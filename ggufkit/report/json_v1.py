@@ -29,6 +29,7 @@ def as_dict(report: Report) -> dict[str, Any]:
             "of_rules": report.rules,
             "skipped": [{"what": skip.what, "why": skip.why} for skip in report.skipped],
         },
+        "known": report.known,
         "facts": report.facts,
         "probes": report.probes,
         "findings": [_finding(finding) for finding in report.findings],

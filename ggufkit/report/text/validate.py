@@ -37,6 +37,8 @@ def report(console: Console, result: Report) -> None:
     lines: list[RenderableType] = [_verdict(result), Text()]
     for severity in sorted(Severity, key=lambda severity: -severity.rank):
         lines += _group(severity, [finding for finding in result.findings if finding.severity is severity])
+    if result.known:
+        lines += [Text(f"{plural(result.known, 'known finding')} of the baseline not shown", "note"), Text()]
     lines += _skipped(result)
     show(console, *lines, Text(checked_line(result)))
 
