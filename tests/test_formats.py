@@ -16,12 +16,22 @@ from ggufkit.report import github, junit, sarif
 
 HOSTILE = 'a\x1b[31m"<b>&%,:\n‮.weight'
 FINDINGS = (
-    Finding("O201", "vector-outlier", Severity.ERROR, Confidence.HIGH, f"{HOSTILE} is nan", tensor=HOSTILE,
-            offset=77,
-            index=(3,), value=float("nan"), evidence=(Evidence("numbers", "8 times", {"ratio": 8.0}),), help="fetch it"),
+    Finding(
+        "O201",
+        "vector-outlier",
+        Severity.ERROR,
+        Confidence.HIGH,
+        f"{HOSTILE} is nan",
+        tensor=HOSTILE,
+        offset=77,
+        index=(3,),
+        value=float("nan"),
+        evidence=(Evidence("numbers", "8 times", {"ratio": 8.0}),),
+        help="fetch it",
+    ),
     Finding("T101", "x", Severity.WARNING, Confidence.LOW, "no pre", key="tokenizer.ggml.pre"),
     Finding("O207", "large-bias", Severity.INFO, Confidence.HIGH, "genuine", tensor="blk.0.attn_k.bias"),
-)  # fmt: skip
+)
 REPORT = Report("some dir/my model.gguf", FINDINGS, 3, 3, 9, 10, (Skipped("R1", "no reference"),))
 CLEAN = Report("clean.gguf", (), 3, 3, 10, 10)
 
