@@ -229,7 +229,7 @@ class Context:
         """
         from ggufkit import stats
 
-        tensors = self._apart()
+        tensors = self._readable()
         total, done = sum(tensor.nbytes or 0 for tensor in tensors), 0
 
         def advance(count: int) -> None:
@@ -247,17 +247,23 @@ class Context:
                 found[tensor.name] = result
         return found
 
-    def _apart(self) -> list[Tensor]:
-        """The tensors, less those that lie inside others: a small file must not be read a million times over."""
-        tensors = list(self.gguf.tensors.values())
-        if sum(tensor.nbytes or 0 for tensor in tensors) <= self.gguf.size:
-            return tensors
-        ends = dict.fromkeys(range(len(self.gguf.shards)), 0)
-        for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, -(tensor.nbytes or 0))):
-            if tensor.nbytes and tensor.offset < ends[tensor.shard]:
-                self.unmeasured[tensor.name] = FormatError("its bytes belong to another tensor as well")
-            ends[tensor.shard] = max(ends[tensor.shard], tensor.offset + (tensor.nbytes or 0))
-        return [tensor for tensor in tensors if tensor.name not in self.unmeasured]
+    def _readable(self) -> list[Tensor]:
+        """The tensors whose bytes are there.
+
+        What a header merely claims costs nothing, and where tensors overlap, no more than twice the file is read.
+        """
+        readable = []
+        left = 2 * self.gguf.size
+        for tensor in self.gguf.tensors.values():
+            try:
+                self.gguf.read(tensor, tensor.nbytes or 0, 0)
+                left -= tensor.nbytes or 0
+                if left < 0:
+                    raise FormatError("its bytes belong to other tensors as well")
+                readable.append(tensor)
+            except GgufkitError as error:
+                self.unmeasured[tensor.name] = error
+        return readable
 
 
 def _no_header(context: Context) -> str | None:
