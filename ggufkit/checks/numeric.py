@@ -50,8 +50,8 @@ _VALUE_GAP = 6.0
 _FEW = 8
 #: files in which more of the blocks lack the quantizer's mark were made by a quantizer that leaves none
 _UNMARKED_SHARE = 1e-3
-#: a copy of fewer elements may be chance
-_COPY_ELEMENTS = 256
+#: two blocks that hold less information than this, in bits, may be equal by chance
+_COPY_BITS = 96.0
 #: converters add one to these norms; where it is missing their mean is near zero
 _SHIFTED_NORMS = frozenset({"qwen3next", "qwen35", "qwen35moe"})
 _EXPERT_OCTAVES = 6.0
@@ -247,11 +247,12 @@ def _is_damage(tensor: Tensor, stats: TensorStats, run: ByteRun) -> bool:
     assert tensor.type is not None
     if run.length < max(_RUN, tensor.type.type_size * 3 // 2):
         return False
+    others = stats.n_zero - run.length // tensor.type.type_size * tensor.type.block_size
     row_bytes = tensor.type.nbytes(stats.rows.length)
     whole_rows = run.length + 2 * tensor.type.type_size >= row_bytes and stats.rows.n_zero > 0
     if tensor.name in _EMBEDDINGS and (whole_rows or stats.rows.n_constant):
         return False
-    return tensor.type.is_block or run.value != 0 or stats.n_zero < _SPARSE * stats.count
+    return tensor.type.is_block or run.value != 0 or others < _SPARSE * stats.count
 
 
 def _stretch(tensor: Tensor, stats: TensorStats, run: ByteRun) -> Found:
@@ -321,21 +322,26 @@ def repeated_blocks(context: Context) -> Iterator[Found]:
         if tensor.name in _EMBEDDINGS or stats.n_zero == stats.count:
             continue
         stretch, consecutive = stats.repeats.stretch, stats.repeats.consecutive
-        if consecutive is not None and _copied_elements(stats, consecutive.length) >= _COPY_ELEMENTS:
+        if consecutive is not None and _is_telling(context, tensor, stats, consecutive.start):
             yield _copy(tensor, stats, consecutive.start, consecutive.length, "repeat the block before them")
-        elif stretch is not None and _copied_elements(stats, stretch.length) >= _COPY_ELEMENTS:
+        elif stretch is not None and _is_telling(context, tensor, stats, stretch.second, stretch.length):
             first = list(_place(tensor, stats, stretch.first).index)
             yield _copy(tensor, stats, stretch.second, stretch.length, f"are a copy of those at {first}")
 
 
-def _copied_elements(stats: TensorStats, blocks: int) -> int:
-    return blocks * stats.blocks.elements
+def _is_telling(context: Context, tensor: Tensor, stats: TensorStats, block: int, count: int = 1) -> bool:
+    """Whether blocks say too much to be equal by chance: nearly empty ones, and ternary codes, say little."""
+    assert tensor.type is not None
+    place = _place(tensor, stats, block)
+    raw = context.gguf.read(tensor, place.start, min(place.nbytes * min(count, 16), (tensor.nbytes or 0) - place.start))
+    _, times = np.unique(quants.dequantize(tensor.type, raw, byteorder=context.gguf.byteorder), return_counts=True)
+    return float(-(times * np.log2(times / times.sum())).sum()) >= _COPY_BITS
 
 
 def _copy(tensor: Tensor, stats: TensorStats, block: int, count: int, what: str) -> Found:
     place = _place(tensor, stats, block)
     per_row = max(1, stats.rows.length // stats.blocks.elements)
-    whole_rows = count >= per_row
+    whole_rows = block % per_row == 0 and count % per_row == 0
     blocks = f"{count:,} blocks" if count > 1 else "a block"
     message = f"{blocks} of {tensor.name!r} from {list(place.index)}{_expert(stats, place.index)} {what}"
     return Found(
@@ -392,7 +398,7 @@ def _copied_layers(context: Context, names: list[str], groups: list[list[str]]) 
 
 @dataclass(frozen=True, slots=True)
 class _Odd:
-    """A block and how far, in octaves, it is from its row and column when its largest value is left out."""
+    """A block and how far it is from its row and column, in octaves: as it is, and without its largest values."""
 
     block: int
     octaves: float
@@ -403,9 +409,9 @@ class _Odd:
 def block_out_of_place(context: Context) -> Iterator[Found]:
     """A block's values are far larger than its row and column let expect.
 
-    What. Each block's root mean square against its row and column, with the block's largest value left out: one huge
-    weight is healthy (the "super weights" of ffn_down), 31 huge ones at once are a wrong scale or foreign bytes. 6.5
-    octaves (a factor of 90) are an error; from 3 octaves on a block that stands alone is a warning.
+    What. Each block's root mean square against its row and column, with the block's two largest values left out: one
+    huge weight is healthy (the "super weights" of ffn_down), 30 huge ones at once are a wrong scale or foreign bytes.
+    6.5 octaves (a factor of 90) are an error; from 3 octaves on a block that stands alone is a warning.
 
     Why. It is how random bytes, a flipped bit in a scale's exponent, and a multiplied scale look. They are finite, so
     that a search for NaN passes them.
@@ -425,7 +431,7 @@ def block_out_of_place(context: Context) -> Iterator[Found]:
 
 
 def _odd_blocks(context: Context, tensor: Tensor, stats: TensorStats) -> list[_Odd]:
-    """The worst blocks, by what is left of them without their largest value; the largest first."""
+    """The worst blocks, by what is left of them without their largest values; the largest first."""
     worst = [block for block in stats.blocks.worst if abs(block.octaves) >= _ODD]
     if not worst or tensor.type is None or tensor.name in _EMBEDDINGS:
         return []
@@ -439,14 +445,16 @@ def _without_largest(context: Context, tensor: Tensor, stats: TensorStats, block
     raw = context.gguf.read(tensor, place.start, place.nbytes)
     values = quants.dequantize(tensor.type, raw, byteorder=context.gguf.byteorder).astype(np.float64).ravel()
     squares = np.sort(np.where(np.isfinite(values), values, 0.0) ** 2)
-    whole, rest = squares.mean(), squares[:-1].mean() if len(squares) > 1 else 0.0
+    whole, rest = squares.mean(), squares[: -max(2, len(squares) // 64)].mean() if len(squares) > 2 else 0.0
     left = block.octaves + 0.5 * float(np.log2(rest / whole)) if rest > 0 and whole > 0 else -np.inf
     return _Odd(block.block, block.octaves, min(left, block.octaves))
 
 
 def _third(odd: list[_Odd], stats: TensorStats) -> float:
-    """The size of the third of the odd blocks, which stands for the rest of the tensor."""
-    return odd[2].rest if len(odd) > 2 else max(0.0, _ODD - 1) if len(stats.blocks.worst) > 2 else 0.0
+    """The third largest deviation, which stands for the rest of the tensor: damage may hit a pair of blocks."""
+    ordinary = [block.octaves for block in stats.blocks.worst if abs(block.octaves) < _ODD]
+    sizes = sorted([block.rest for block in odd] + ordinary, reverse=True)
+    return sizes[2] if len(sizes) > 2 else 0.0
 
 
 def _out_of_place(tensor: Tensor, stats: TensorStats, odd: list[_Odd], severity: Severity | None) -> Found:
@@ -459,7 +467,7 @@ def _out_of_place(tensor: Tensor, stats: TensorStats, odd: list[_Odd], severity:
         f"{direction} than its row and column let expect"
     )
     numbers = {"octaves": first.octaves, "without_largest": first.rest, "spread": stats.blocks.spread}
-    text = f"{first.octaves:+.1f} octaves, {first.rest:+.1f} without its largest value"
+    text = f"{first.octaves:+.1f} octaves, {first.rest:+.1f} without its two largest values"
     return Found(
         message,
         tensor=tensor.name,
