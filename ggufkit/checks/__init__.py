@@ -7,7 +7,7 @@ checked is said in the report, with the reason, and a rule that fails makes an i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from itertools import islice
 
@@ -21,6 +21,13 @@ from ggufkit.checks.facts import describe
 from ggufkit.checks.rule import FAMILIES, PROFILES, RULES, Found, Need, Profile, Rule
 from ggufkit.errors import FormatError, GgufkitError, NewerThanTool, NotGGUF
 from ggufkit.findings import Finding, Report, Skipped
+
+# isort: split
+from ggufkit.checks import behaviour  # noqa: F401 - the last family: its rules run when all others have spoken
+
+# isort: split
+from ggufkit.checks import ablate as _ablate
+from ggufkit.checks.running import RunRequest, abilities, start
 
 __all__ = ["FAMILIES", "PROFILES", "RULES", "Context", "Found", "Need", "Profile", "Rule", "examine", "explain", "run"]
 
@@ -43,8 +50,12 @@ def run(
     scan: Scan | None = None,
     reference: str | os.PathLike[str] | None = None,
     manifest: str | os.PathLike[str] | None = None,
+    run: bool | None = False,
+    device: str = "auto",
+    ablate: Sequence[str] = (),
+    running: Callable[[float], None] | None = None,
 ) -> Report:
-    """Check one file, or the split set that it is a part of, without running the model.
+    """Check one file, or the split set that it is a part of.
 
     Args:
         source: the path.
@@ -56,13 +67,17 @@ def run(
         scan: measures the tensors; by default `stats.scan`, on the CPU.
         reference: another file of the same model, known to be good, to compare with.
         manifest: checksums of this file, written when it was known to be good.
+        run: also run the model; None does where that fits the machine and takes a minute at most.
+        device: where to run it, as `runtime.load` has it.
+        ablate: globs of tensors; the model is also run without those of each, which means `run`.
+        running: called with the share of the running that is done.
 
     Returns:
         The report. A file that is no GGUF, too damaged to open or of a newer version is a report as well.
 
     Raises:
         SourceError: the path does not exist or cannot be read.
-        UsageError: `select` or `ignore` names no rule, or the manifest is none.
+        UsageError: `select` or `ignore` names no rule, `ablate` no tensor, or the manifest is none.
         NotGGUF, FormatError, NewerThanTool: the reference cannot be opened.
     """
     rules = registry.select(select, ignore)
@@ -81,37 +96,42 @@ def run(
             reference=stack.enter_context(reader.open(reference)) if reference else None,
             manifest=manifests.load(manifest) if manifest else None,
         )
-        return examine(context, rules, source=os.fspath(source))
+        request = None
+        if run or ablate or (run is None and any(Need.ENGINE in rule.needs for rule in rules)):
+            _ablate.check_globs(gguf, ablate)
+            request = RunRequest(bool(run or ablate), device, tuple(ablate), *([running] if running else []))
+        return examine(context, rules, source=os.fspath(source), request=request)
 
 
-def examine(context: Context, rules: Iterable[Rule], *, source: str | None = None) -> Report:
-    """Apply `rules` to a file that is open already; `source` is what the report calls it."""
-    findings: list[Finding] = []
-    lacking: dict[str, list[str]] = {}
-    failed: list[Skipped] = []
-    ran = 0
-    for rule in rules:
-        reason = next(filter(None, map(context.lacks, rule.needs)), None)
-        if reason is not None:
-            lacking.setdefault(reason, []).append(rule.code)
-            continue
-        try:
-            findings += _findings(rule, context)
-            ran += 1
-        except Exception as error:  # a bug in a rule must not cost the user the rest of the report
-            failed.append(Skipped(rule.code, f"the rule itself failed: {_named(error)}", asked=True))
-    if not_selected := len(RULES) - ran - len(failed) - sum(map(len, lacking.values())):
-        lacking["not selected"] = [f"{not_selected} rules"]
-    skipped = [Skipped(", ".join(codes), reason) for reason, codes in lacking.items()]
+def examine(
+    context: Context, rules: Iterable[Rule], *, source: str | None = None, request: RunRequest | None = None
+) -> Report:
+    """Apply `rules` to a file that is open already.
+
+    Args:
+        source: what the report calls it.
+        request: run the model, after the rules that do not need that; None does not.
+    """
+    rules = list(rules)
+    applied = _Applied(context)
+    applied.apply(rule for rule in rules if Need.ENGINE not in rule.needs)
+    if request is not None:
+        context.running = start(context, request, applied.findings)
+    applied.apply(rule for rule in rules if Need.ENGINE in rule.needs)
+    applied.try_out()
+    if not_selected := len(RULES) - applied.ran - applied.without:
+        applied.lacking["not selected"] = [f"{not_selected} rules"]
+    skipped = [Skipped(", ".join(codes), reason) for reason, codes in applied.lacking.items()]
     return Report(
         source=source or str(context.gguf.path),
-        findings=tuple(sorted(findings, key=lambda finding: -finding.severity.rank)),
+        findings=tuple(sorted(applied.findings, key=lambda finding: -finding.severity.rank)),
         tensors_checked=len(context.stats) if context.was_measured else 0,
         tensors=len(context.gguf.tensors),
-        rules_run=ran,
+        rules_run=applied.ran,
         rules=len(RULES),
-        skipped=(*failed, *context.skipped, *_unread(context), *skipped),
+        skipped=(*applied.failed, *context.skipped, *_unread(context), *skipped),
         facts=describe(context.gguf),
+        probes=context.running.probes if context.running else {},
     )
 
 
@@ -125,6 +145,53 @@ def explain(code: str) -> Rule:
         if code.upper() == rule.code or code.lower() == rule.name:
             return rule
     raise registry.no_rule(code)
+
+
+class _Applied:
+    """What came of applying rules.
+
+    Attributes:
+        findings: of all rules so far.
+        lacking: reason → codes of the rules that had nothing to look at.
+        failed: rules with a bug, as things not checked.
+        ran: how many rules ran.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.findings: list[Finding] = []
+        self.lacking: dict[str, list[str]] = {}
+        self.failed: list[Skipped] = []
+        self.ran = 0
+        self._context = context
+
+    @property
+    def without(self) -> int:
+        """Rules that were chosen and did not run."""
+        return len(self.failed) + sum(map(len, self.lacking.values()))
+
+    def apply(self, rules: Iterable[Rule]) -> None:
+        """Run the rules that have something to look at."""
+        for rule in rules:
+            reason = next(filter(None, map(self._context.lacks, rule.needs)), None)
+            if reason is not None:
+                self.lacking.setdefault(reason, []).append(rule.code)
+                continue
+            try:
+                self.findings += _findings(rule, self._context)
+                self.ran += 1
+            except Exception as error:  # a bug in a rule must not cost the user the rest of the report
+                self.failed.append(Skipped(rule.code, f"the rule itself failed: {_named(error)}", asked=True))
+
+    def try_out(self) -> None:
+        """With the model running: what it can do, and what the findings do to it."""
+        if self._context.running is None:
+            return
+        try:
+            abilities(self._context.running)
+            self.findings = _ablate.with_function(self._context.running, self.findings)
+            _ablate.ablate(self._context.running)
+        except Exception as error:  # as above
+            self._context.skip("trying out what was found", _named(error), asked=True)
 
 
 def _findings(rule: Rule, context: Context) -> list[Finding]:

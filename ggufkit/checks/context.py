@@ -22,6 +22,7 @@ from ggufkit.errors import FormatError, GgufkitError
 from ggufkit.findings import Skipped
 
 if TYPE_CHECKING:
+    from ggufkit.checks.running import Running
     from ggufkit.manifest import Manifest
     from ggufkit.stats import TensorStats
 
@@ -60,6 +61,7 @@ class Context:
         gguf: the file or split set.
         profile: whose reading decides where parsers disagree.
         reference, manifest: something known to be good to compare with, when the user gave it.
+        running: the model at work, once the static rules are through and if it is run at all.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Context:
         self.gguf = gguf
         self.reference = reference
         self.manifest = manifest
+        self.running: Running | None = None
         self.profile = profile
         self.unmeasured: dict[str, GgufkitError] = {}
         self.skipped: list[Skipped] = []
@@ -89,9 +92,9 @@ class Context:
         """Why a rule with this need has nothing to look at; None when it has."""
         return _LACKS[need](self)
 
-    def skip(self, what: str, why: str, *, newer: bool = False) -> None:
+    def skip(self, what: str, why: str, *, asked: bool = False, newer: bool = False) -> None:
         """Say in the report that something could not be judged."""
-        self.skipped.append(Skipped(what, why, newer=newer))
+        self.skipped.append(Skipped(what, why, asked=asked, newer=newer))
 
     def problems(self, *kinds: str) -> Iterator[Found]:
         """What the reader reported of these kinds."""
@@ -305,6 +308,10 @@ def _no_manifest(context: Context) -> str | None:
     return _no_header(context) or (None if context.manifest else "no manifest was given")
 
 
+def _not_running(context: Context) -> str | None:
+    return None if context.running else "the model was not run"
+
+
 _LACKS: dict[Need, Callable[[Context], str | None]] = {
     Need.HEADER: _no_header,
     Need.TENSORS: _no_tensors,
@@ -315,4 +322,5 @@ _LACKS: dict[Need, Callable[[Context], str | None]] = {
     Need.DATA: _no_tensors,
     Need.REFERENCE: _no_reference,
     Need.MANIFEST: _no_manifest,
+    Need.ENGINE: _not_running,
 }

@@ -51,6 +51,7 @@ class Need(Enum):
     DATA = "the tensors' data"
     REFERENCE = "a reference file (--reference)"
     MANIFEST = "a manifest (--manifest)"
+    ENGINE = "the model running (--run)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,3 +99,15 @@ CHINESE = """\
 后来我发现，有一个地方的冰总是比别的地方薄，因为那里有一条小河流进海里，冰下面的水一直在动。如果只看平均数，就看不出这个危险。\
 港口的老师傅从来不看平均数，他只看最小的那个数字，然后问我：“这个洞是你自己打的吗？”多年以后，我在实验室里工作，还常常想起他的这句话。
 """
+
+#: who, and what is said: for models that only know what they are asked in a chat template
+CONVERSATION = (
+    ("user", "Write a haiku about autumn leaves"),
+    ("assistant", "autumn leaves drift down\nthe old pond holds one red leaf\nand the quiet moon"),
+    ("user", "Write a haiku about the snow"),
+    ("assistant", "snow on the dark pines\na lantern moves through the field\nand is gone again"),
+    ("user", "Write a haiku about the rain"),
+    ("assistant", "spring rain on the roof\nthe cat sleeps beside the stove\nand dreams of the sea"),
+    ("user", "Write a haiku about the river"),
+    ("assistant", "a cool wind at dusk\nthe river carries the moon\npast the silent bridge"),
+)

@@ -1,0 +1,212 @@
+"""The model of a file at work, for the rules that need to see it run.
+
+It is loaded after the static rules, unless they found the file's structure damaged, and by default only where all of
+it takes about a minute at most and fits into memory. Built-in texts are cut into the file's own tokens once. What the
+model can do (copying, obeying, stopping) is only noted: that depends on what it was trained for.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ggufkit.checks.context import Context
+from ggufkit.checks.rule import Need
+from ggufkit.conversation import Conversation, Words, message
+from ggufkit.errors import GgufkitError
+from ggufkit.findings import Finding, Severity
+from ggufkit.runtime import SMALL, load, probes, texts
+from ggufkit.runtime.engine import Edit, Engine, Logits
+from ggufkit.runtime.finite import Spot
+
+#: tokens of each built-in text
+TOKENS = 192
+#: positions of which every step is looked at
+WATCHED = 24
+_COPIED = 32
+_ANSWER = 40
+
+#: parameters that one core gets through in a second, with all probes and a few suspects: 0.5e9 take 25 s on two
+_RATE = 10e6
+_PATIENCE = 60.0  # seconds that a default run may take
+#: what an engine keeps in memory: bytes a weight, and besides
+_WEIGHT_BYTES, _BESIDES = 1.5, 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """What was said about running the model.
+
+    Attributes:
+        insist: it was asked for, so that a report without it is incomplete; else only where it fits.
+        device: as in `runtime.load`.
+        ablate: globs of tensors to be tried without.
+        progress: called with the share that is done.
+    """
+
+    insist: bool = False
+    device: str = "auto"
+    ablate: tuple[str, ...] = ()
+    progress: Callable[[float], None] = field(default=lambda share: None)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """The beginning of a built-in text: its ids and how many bytes they stand for."""
+
+    ids: tuple[int, ...]
+    n_bytes: int
+
+
+class Running:
+    """The model at work, and what was learned of it.
+
+    Attributes:
+        probes: name → `value`, `limit` (None where nothing is judged) and `text`, for the report.
+    """
+
+    def __init__(self, context: Context, engine: Engine, words: Words, request: RunRequest) -> None:
+        self.context = context
+        self.gguf = context.gguf
+        self.engine = engine
+        self.words = words
+        self.request = request
+        self.probes: dict[str, dict[str, Any]] = {}
+
+    def note(self, name: str, value: object, text: str, limit: object = None) -> None:
+        """Put a number into the report."""
+        self.probes[name] = {"value": value, "limit": limit, "text": text}
+
+    @property
+    def chance(self) -> float:
+        """Nats a token for somebody who calls every row of the vocabulary equally likely."""
+        return math.log(self.engine.config.n_vocab)
+
+    @cached_property
+    def texts(self) -> dict[str, Text]:
+        """The built-in texts by name, each cut to `TOKENS`; the conversation where the file has a chat template."""
+        found = {"prose": texts.SHORT_PROSE, "code": texts.CODE, "Chinese": texts.CHINESE}
+        if self.words.templated:
+            turns = [message(role, said) for role, said in texts.CONVERSATION]
+            found["conversation"] = self.words.render(turns)
+        return {name: self._cut(text) for name, text in found.items()}
+
+    def _cut(self, text: str) -> Text:
+        ids = tuple(self.words.tokenizer.encode(text)[: min(TOKENS, self.engine.config.n_ctx_train)])
+        return Text(ids, sum(len(self.words.tokenizer.token_bytes(token)) for token in ids))
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Ordinary text, for probes that need some."""
+        return self.texts["prose"].ids
+
+    @cached_property
+    def prose(self) -> Logits:
+        """The logits at all positions of the prose but the last, as the model is. Kept, as much is compared with it."""
+        return probes.all_logits(self.engine, self.ids[:-1])
+
+    def nats(self, name: str, edits: Collection[Edit] = ()) -> float:
+        """The mean cost of a token of a built-in text, as the model is or with `edits`."""
+        ids = self.texts[name].ids
+        return float(probes.nats(self.logits(name, edits), ids[1:]).mean())
+
+    def logits(self, name: str, edits: Collection[Edit] = ()) -> Logits:
+        """The logits at all positions of a built-in text but the last."""
+        if name == "prose" and not edits:
+            return self.prose
+        with self.engine.patched(edits):
+            return probes.all_logits(self.engine, self.texts[name].ids[:-1])
+
+    @cached_property
+    def not_finite(self) -> Spot | None:
+        """The first step of a short pass that is not finite."""
+        seen = probes.finite(self.engine, self.ids[:WATCHED])
+        found = "all finite" if seen.first is None else f"the first that is not: {seen.first}"
+        self.note("finite", seen.first is None, f"{seen.steps:,} steps at {WATCHED} positions: {found}", limit=True)
+        return seen.first
+
+
+# -- starting ------------------------------------------------------------------------------------------------------
+
+
+def start(context: Context, request: RunRequest, findings: Sequence[Finding]) -> Running | None:
+    """Load the model, or say in the report why not.
+
+    Args:
+        findings: of the static rules; a damaged structure is not run.
+    """
+    reason = _obstacle(context, request, findings)
+    if reason is None:
+        try:
+            words = Words.of(context.gguf)
+            return Running(context, load(context.gguf, request.device), words, request)
+        except GgufkitError as error:
+            reason = str(error.message)
+        except MemoryError:
+            reason = "this machine has not enough memory for it"
+    context.skip("running the model", reason, asked=request.insist)
+    return None
+
+
+def _obstacle(context: Context, request: RunRequest, findings: Sequence[Finding]) -> str | None:
+    """Why the model should not even be loaded."""
+    broken = sorted({found.code for found in findings if found.code[0] == "S" and found.severity is Severity.ERROR})
+    if broken:
+        return f"the file's structure is damaged ({', '.join(broken)})"
+    lacking = context.lacks(Need.CONFIG) or context.lacks(Need.VOCABULARY)
+    return lacking or _too_large(context, request)
+
+
+def _too_large(context: Context, request: RunRequest) -> str | None:
+    """Why this machine should not try, by the number of parameters; a GPU says itself what does not fit."""
+    from ggufkit import doctor, gpu
+
+    if request.device == "cuda" or (request.device == "auto" and gpu.usable()):
+        return None
+    parameters = sum(tensor.n_elements for tensor in context.gguf.tensors.values())
+    seconds = parameters / (_RATE * doctor.cpu_count())
+    if seconds > _PATIENCE and not request.insist:
+        return f"it would take about {seconds / 60:.0f} minutes on this machine; --run does it"
+    needed, memory = _WEIGHT_BYTES * parameters + _BESIDES, doctor.memory_bytes()
+    if 4 * parameters > SMALL and memory is not None and memory[1] < needed:
+        return f"it takes about {needed / 1e9:.1f} GB of memory, of which {memory[1] / 1e9:.1f} are free"
+    return None
+
+
+# -- ability -------------------------------------------------------------------------------------------------------
+
+
+def abilities(running: Running) -> None:
+    """Note what the model can do. Nothing of it is judged: it depends on size and training."""
+    if running.not_finite is not None:
+        return
+    ordinary = sorted({token for text in running.texts.values() for token in text.ids})
+    copy = probes.copy(running.engine, ordinary, n=_COPIED)
+    text = f"{_COPIED} random tokens cost {copy.first:.2f} nats each, the same again {copy.second:.2f}"
+    running.note("copy", {"first": copy.first, "second": copy.second}, text)
+    if running.words.templated:
+        _ask(running)
+
+
+def _ask(running: Running) -> None:
+    """Ask for a haiku with this very minute in it, which no canned answer can have."""
+    minute = probes.minute_in_words(*time.localtime()[3:5])
+    talk = Conversation(running.engine, running.words, n_predict=_ANSWER)
+    try:
+        answer = "".join(talk.say(probes.NONCE_PROMPT.format(words=minute)))
+    except GgufkitError as error:
+        running.context.skip("the probe of an answer", error.message)
+        return
+    assert talk.reply is not None
+    numbers, said = talk.reply.numbers, probes.contains(answer, minute)
+    verse = " / ".join(answer.split("\n"))
+    text = f"asked for a haiku with {minute!r}, it {'says' if said else 'does not say'} it: {verse}"
+    running.note("nonce", {"words": minute, "said": said, "answer": answer}, text)
+    running.note("repetition", numbers.repetition, f"{numbers.repetition:.0%} of the answer's 4-grams are repeated")
+    ended = numbers.stop == "end of turn"
+    text = "the answer stops at the end of its turn" if ended else f"the answer had not ended after {_ANSWER} tokens"
+    running.note("end_of_turn", ended, text)
