@@ -18,7 +18,7 @@ import numpy as np
 from numba import njit, types
 
 from ggufkit.simd import (
-    add_where32,
+    fives32,
     from_bits,
     half,
     merge32,
@@ -26,6 +26,7 @@ from ggufkit.simd import (
     read_u16,
     read_u32,
     read_u64,
+    signs32,
     spread16,
     spread32,
 )
@@ -93,9 +94,7 @@ def q5_0(raw, n, codes, scales, mins, d, dmin, flags, keys, table):
         scales[b] = d[b] = half(raw, at)
         flags[b] = flags_of(True, d[b])
         keys[b] = key_of(raw, at, 22)
-        spread16(raw, at + 6, 0, 15, 0, codes, to)
-        spread16(raw, at + 6, 4, 15, 0, codes, to + 16)
-        add_where32(raw, at + 2, 0, -16, codes, to)
+        fives32(raw, at + 6, at + 2, 16, codes, to)
 
 
 def q5_1(raw, n, codes, scales, mins, d, dmin, flags, keys, table):
@@ -105,9 +104,7 @@ def q5_1(raw, n, codes, scales, mins, d, dmin, flags, keys, table):
         mins[b] = dmin[b] = half(raw, at + 2)
         flags[b] = flags_of(d[b] >= 0, d[b])
         keys[b] = key_of(raw, at, 24)
-        spread16(raw, at + 8, 0, 15, 0, codes, to)
-        spread16(raw, at + 8, 4, 15, 0, codes, to + 16)
-        add_where32(raw, at + 4, 16, 0, codes, to)
+        fives32(raw, at + 8, at + 4, 0, codes, to)
 
 
 def q8_0(raw, n, codes, scales, mins, d, dmin, flags, keys, table):
@@ -126,8 +123,7 @@ def q1_0(raw, n, codes, scales, mins, d, dmin, flags, keys, table):
         flags[b] = flags_of(True, d[b])
         keys[b] = key_of(raw, at, 18)
         for part in range(4):
-            spread32(raw, at, 0, 0, 0, codes, to + 32 * part)  # clear them
-            add_where32(raw, at + 2 + 4 * part, 1, -1, codes, to + 32 * part)
+            signs32(raw, at + 2 + 4 * part, codes, to + 32 * part)
 
 
 def q2_0(raw, n, codes, scales, mins, d, dmin, flags, keys, table):

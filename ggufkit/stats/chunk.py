@@ -118,7 +118,8 @@ class Scanned:
         histogram: int64 [BINS], finite values other than zero by the eleven top bits of the float32.
         levels: int16 [blocks], the twelve exponent bits and three mantissa bits of the mean square (float64).
         flags: uint8 [blocks], see `layout`.
-        keys: uint64 [blocks], see `keys_of`.
+        keys: uint64 [blocks], see `keys_of`; 0 where all values are equal: such blocks are no repetition.
+        kept, kept_at: the keys that were sampled, and their places.
         row_min, row_max: float32 [rows], of the finite values; +inf and -inf where there are none.
         row_square: float64 [rows], the sum of the squares of the finite values.
         row_bad: int64 [rows], how many are not finite.
@@ -132,6 +133,8 @@ class Scanned:
     levels: npt.NDArray[np.int16]
     flags: U8
     keys: npt.NDArray[np.uint64]
+    kept: npt.NDArray[np.uint64]
+    kept_at: npt.NDArray[np.int64]
     row_min: F32
     row_max: F32
     row_square: npt.NDArray[np.float64]
@@ -155,6 +158,8 @@ class Scanned:
             np.empty(blocks, np.int16),
             np.zeros(blocks, np.uint8),
             np.empty(blocks, np.uint64),
+            np.empty(0, np.uint64),
+            np.empty(0, np.int64),
             np.empty(rows, np.float32),
             np.empty(rows, np.float32),
             np.empty(rows, np.float64),

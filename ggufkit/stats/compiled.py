@@ -14,13 +14,17 @@ from ggufkit.quants.bits import F32, U8
 from ggufkit.quants.compiled import Buffers, Unpacker
 from ggufkit.stats.chunk import Chunk, Scanned
 from ggufkit.stats.deviation import Levels, rounds
-from ggufkit.stats.digest import BLOCKS_KEPT, Ints, ScaleDigest, Sifted
+from ggufkit.stats.digest import BLOCKS_KEPT, Deviations, ScaleDigest
 from ggufkit.stats.layout import (
+    BIN_ROOM,
     BINS,
     CODE_MARKS,
     DEVIATION_BINS,
     GRID_FIRST,
     HISTOGRAM_STRIDE,
+    LANES,
+    N_KEPT,
+    N_ZERO,
     OFF_BF16,
     OFF_F16,
     TINY_MINUS,
@@ -35,11 +39,10 @@ _MODULE = "ggufkit.stats.kernels"
 
 #: how the arguments of each kernel are passed
 ARGUMENTS = {
-    "scan_codes": "PPPLLLLLLDLLL" + "P" * 11,
-    "scan_values": "PLLD" + "P" * 13,
-    "deviate": "PLLL" + "P" * 6,
+    "scan_codes": "PPPLLLLLLDLLLL" + "P" * 18,
+    "scan_values": "PLLDL" + "P" * 20,
+    "deviate": "PLLLL" + "P" * 9,
     "scan_scales": "PLPPP",
-    "sift": "PPPPLLLLPPPP",
     "byte_runs": "PLLP",
     "widen_f16": "PLP",
     "widen_bf16": "PLP",
@@ -50,7 +53,7 @@ _WIDEN = {"F16": "widen_f16", "BF16": "widen_bf16"}
 def kernels_for(qtype: QuantType) -> list[str]:
     """Names of the kernels that a tensor of this type needs, besides its unpacker."""
     scan = ["scan_codes", "scan_scales"] if qtype.is_block else ["scan_values"]
-    return [*scan, "deviate", "sift", "byte_runs", *([_WIDEN[qtype.name]] if qtype.name in _WIDEN else [])]
+    return [*scan, "deviate", "byte_runs", *([_WIDEN[qtype.name]] if qtype.name in _WIDEN else [])]
 
 
 def _kernel(name: str, announce: jit.Announce | None = None) -> jit.Kernel:
@@ -59,6 +62,22 @@ def _kernel(name: str, announce: jit.Announce | None = None) -> jit.Kernel:
 
 def _address(array: npt.NDArray[Any]) -> int:
     return array.ctypes.data
+
+
+@dataclass(slots=True)
+class _ByBlock:
+    """Room for what the kernels keep by block. One more than blocks: the keys are kept before they are looked at."""
+
+    squares: npt.NDArray[np.float64]
+    lows: npt.NDArray[np.int8]
+    highs: npt.NDArray[np.int8]
+    kept: npt.NDArray[np.uint64]
+    kept_at: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, n: int) -> _ByBlock:
+        dtypes = (np.float64, np.int8, np.int8, np.uint64, np.int64)
+        return cls(*(np.empty(n + 1, dtype) for dtype in dtypes))  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)
@@ -73,7 +92,10 @@ class Scanner:
     _buffers: dict[str, Buffers] = field(default_factory=dict)
     _values: F32 = field(default_factory=lambda: np.empty(0, np.float32))
     _scratch: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(32))
-    _bins: npt.NDArray[np.uint16] = field(default_factory=lambda: np.empty(32, np.uint16))
+    _bins: npt.NDArray[np.uint16] = field(default_factory=lambda: np.empty(BIN_ROOM, np.uint16))
+    _lanes: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(4 * LANES))
+    _by_block: _ByBlock = field(default_factory=lambda: _ByBlock.of(0))
+    _padded: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     _histogram: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros(4 * HISTOGRAM_STRIDE, np.uint32))
 
     @classmethod
@@ -84,22 +106,30 @@ class Scanner:
         blocks = sorted((qtype for qtype in types if qtype.is_block), key=lambda qtype: qtype.id)
         return {qtype.name: Unpacker(qtype, announce) for qtype in blocks}
 
-    def scan(self, chunk: Chunk, raw: U8, pivot: float) -> Scanned:
+    def scan(self, chunk: Chunk, raw: U8, pivot: float, sampled: int) -> Scanned:
         """See `plain.scan`; `raw` is C-contiguous and little-endian."""
         self._histogram[:] = 0
+        if len(self._by_block.lows) <= chunk.n_blocks:
+            self._by_block = _ByBlock.of(chunk.n_blocks)
         result = Scanned.empty(chunk)
-        (self._scan_blocks if chunk.type.is_block else self._scan_numbers)(chunk, raw, pivot, result)
-        result.histogram[:] = self._histogram.reshape(4, HISTOGRAM_STRIDE)[:, :BINS].sum(axis=0, dtype=np.int64)
-        result.histogram[[0, BINS // 2]] = result.ints[[TINY_PLUS, TINY_MINUS]]
+        (self._scan_blocks if chunk.type.is_block else self._scan_numbers)(chunk, raw, pivot, sampled - 1, result)
+        ints, counts = result.ints, self._histogram.reshape(4, HISTOGRAM_STRIDE)[:, :BINS].sum(axis=0, dtype=np.int64)
+        ints[N_ZERO] += counts[0] + counts[BINS // 2] - ints[TINY_PLUS] - ints[TINY_MINUS]
+        counts[[0, BINS // 2]] = ints[[TINY_PLUS, TINY_MINUS]]
+        result.histogram = counts
+        n = int(ints[N_KEPT])
+        result.kept, result.kept_at = self._by_block.kept[:n].copy(), self._by_block.kept_at[:n].copy()
         return result
 
     def _outputs(self, result: Scanned) -> list[int]:
-        """Addresses of what both kernels write."""
+        """Addresses of the scratch memory and of what both kernels write."""
+        room = self._by_block
+        own = (self._scratch, self._bins, self._lanes, room.squares, room.lows, room.highs, self._histogram)
+        blocks = (result.levels, result.flags, result.keys, room.kept, room.kept_at)
         rows = (result.row_min, result.row_max, result.row_square, result.row_bad)
-        arrays = (self._scratch, self._bins, self._histogram, result.levels, result.flags, *rows)
-        return [_address(array) for array in (*arrays, result.ints, result.sums)]
+        return [_address(array) for array in (*own, *blocks, *rows, result.ints, result.sums)]
 
-    def _scan_blocks(self, chunk: Chunk, raw: U8, pivot: float, result: Scanned) -> None:
+    def _scan_blocks(self, chunk: Chunk, raw: U8, pivot: float, mask: int, result: Scanned) -> None:
         qtype, n = chunk.type, chunk.n_blocks
         parts = self._room(qtype, n)
         self.unpackers[qtype.name](raw, parts)
@@ -119,6 +149,7 @@ class Scanner:
             chunk.n_rows,
             pivot,
             *mark,
+            mask,
             *self._outputs(result),
         )
 
@@ -129,12 +160,12 @@ class Scanner:
             room = self._buffers[qtype.name] = Buffers.of(qtype, n_blocks)
         return room
 
-    def _scan_numbers(self, chunk: Chunk, raw: U8, pivot: float, result: Scanned) -> None:
+    def _scan_numbers(self, chunk: Chunk, raw: U8, pivot: float, mask: int, result: Scanned) -> None:
         values = self._widen(chunk, raw)
         result.keys = keys_of_runs(chunk, raw)
         off_bf16, off_f16 = np.empty(GRID_FIRST, np.int64), np.empty(GRID_FIRST, np.int64)
         outputs = (*self._outputs(result), _address(off_bf16), _address(off_f16))
-        _kernel("scan_values")(_address(values), chunk.row_length, chunk.n_rows, pivot, *outputs)
+        _kernel("scan_values")(_address(values), chunk.row_length, chunk.n_rows, pivot, mask, *outputs)
         result.remember_off(values, off_bf16[: result.ints[OFF_BF16]], off_f16[: result.ints[OFF_F16]])
 
     def _widen(self, chunk: Chunk, raw: U8) -> F32:
@@ -150,26 +181,18 @@ class Scanner:
             quants.dequantize(chunk.type, raw, out=values)
         return values
 
-    def deviate(self, levels: Levels) -> tuple[Levels, Ints]:
+    def deviate(self, levels: Levels) -> Deviations:
         """See `digest.Tools.deviate`."""
         n_rows, n_columns = levels.shape
-        result, histogram = np.empty_like(levels), np.zeros(DEVIATION_BINS, np.int64)
-        rows, columns = np.empty(n_rows, np.int32), np.empty((3, n_columns), np.int32)
-        outputs = [_address(array) for array in (rows, *columns, result, histogram)]
-        _kernel("deviate")(_address(levels), n_rows, n_columns, rounds(levels.size), *outputs)
-        return result, histogram
-
-    def sift(self, scanned: Scanned, off: Levels, sampled: int, least: int) -> Sifted:
-        """See `digest.Tools.sift`."""
-        n = len(off)
-        counts, worst = np.empty(7, np.int64), np.empty(2 * BLOCKS_KEPT, np.int64)
-        keys, at = np.empty(n, np.uint64), np.empty(n, np.int64)
-        inputs = [_address(array) for array in (scanned.levels, scanned.flags, scanned.keys, off)]
-        outputs = [_address(array) for array in (counts, worst, keys, at)]
-        _kernel("sift")(*inputs, n, sampled - 1, least, BLOCKS_KEPT, *outputs)
-        zero, bad, outliers, unmarked, equal, n_kept, n_worst = counts.tolist()
-        kept = keys[:n_kept].copy(), at[:n_kept].copy()
-        return Sifted(zero, bad, outliers, unmarked, equal, worst[:n_worst], *kept)
+        width = -(-n_columns // 16) * 16
+        if len(self._padded) < n_rows * width:
+            self._padded = np.empty(n_rows * width, np.int32)
+        off, histogram = np.empty_like(levels), np.zeros(DEVIATION_BINS, np.int64)
+        rows, columns = np.empty(n_rows, np.int32), np.empty((3, width), np.int32)
+        worst = np.empty((2, BLOCKS_KEPT), np.int64)
+        outputs = [_address(array) for array in (rows, *columns, self._padded, off, histogram, *worst)]
+        _kernel("deviate")(_address(levels), n_rows, n_columns, rounds(levels.size), BLOCKS_KEPT, *outputs)
+        return Deviations(off, histogram, worst[1][worst[1] >= 0])
 
     def byte_runs(self, data: U8) -> ByteRuns:
         """See `digest.Tools.byte_runs`."""

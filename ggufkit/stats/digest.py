@@ -1,7 +1,7 @@
 """From the arrays of a scanned chunk to the few numbers that are kept of it.
 
 This is the part of the pass that no longer looks at elements: it works by block and by row. Both ways of scanning
-share it, except for four loops that the compiled pass replaces (`Tools`). It runs in the worker's thread; what remains
+share it, except for three loops that the compiled pass replaces (`Tools`). It runs in the worker's thread; what remains
 for the collector is to add up (see `total`).
 """
 
@@ -16,7 +16,17 @@ import numpy.typing as npt
 from ggufkit.quants.bits import F32, U8
 from ggufkit.stats.chunk import Chunk, Scanned
 from ggufkit.stats.deviation import NONE, Levels, deviations
-from ggufkit.stats.layout import BAD_LEVEL, BINS, DEVIATION_BINS, MARKED, OUTLIER, UNIFORM
+from ggufkit.stats.layout import (
+    BAD_BLOCKS,
+    BAD_LEVEL,
+    BINS,
+    DEVIATION_BINS,
+    EQUAL_BLOCKS,
+    MARKED,
+    OUTLIER,
+    UNMARKED_BLOCKS,
+    ZERO_BLOCKS,
+)
 from ggufkit.stats.runs import ByteRuns, Runs
 
 Ints = npt.NDArray[np.int64]
@@ -116,28 +126,20 @@ class Digest:
 
 
 @dataclass(frozen=True, slots=True)
-class Sifted:
-    """Blocks counted: zeros, not finite, outliers, without mark, equal to the one before; `worst` are the places of
-    those that deviate most, in no order; keys that were sampled, and their places."""
+class Deviations:
+    """`off`: int16 [rows, columns], see `deviation`; `histogram`: how many there are of each magnitude, int64
+    [DEVIATION_BINS]; `worst`: the places of the `BLOCKS_KEPT` largest, of equals the earlier ones, in no order."""
 
-    n_zero: int
-    n_bad: int
-    n_outliers: int
-    n_unmarked: int
-    n_equal: int
+    off: Levels
+    histogram: Ints
     worst: Ints
-    keys: Keys
-    at: Ints
 
 
 class Tools(Protocol):
     """The loops over blocks and bytes, which `Plain` does in NumPy and the compiled pass faster."""
 
-    def deviate(self, levels: Levels) -> tuple[Levels, Ints]:
-        """Deviations of blocks [rows, columns], and how many there are of each magnitude, int64 [DEVIATION_BINS]."""
-
-    def sift(self, scanned: Scanned, off: Levels, sampled: int, least: int) -> Sifted:
-        """Count blocks. `off` are the deviations; the worst are those of at least `least`."""
+    def deviate(self, levels: Levels) -> Deviations:
+        """How far blocks [rows, columns] lie from their rows and columns."""
 
     def scan_scales(self, d: F32) -> ScaleDigest:
         """Sum up a series of scales: float32 [n]."""
@@ -146,15 +148,15 @@ class Tools(Protocol):
         """Runs of equal bytes."""
 
 
-def digest(chunk: Chunk, raw: U8, scanned: Scanned, sampled: int, tools: Tools) -> Digest:
-    """Sum up a scanned chunk. Of the keys, one in `sampled` (a power of two) is kept."""
+def digest(chunk: Chunk, raw: U8, scanned: Scanned, tools: Tools) -> Digest:
+    """Sum up a scanned chunk."""
     s = scanned
     rows = Rows(chunk.row, chunk.row_length, s.row_min, s.row_max, s.row_square, s.row_bad)
     result = Digest(
         chunk,
         scanned,
         tools.byte_runs(raw),
-        _digest_blocks(chunk, raw, scanned, sampled, tools),
+        _digest_blocks(chunk, raw, scanned, tools),
         None if scanned.d is None else tools.scan_scales(scanned.d),
         None if scanned.dmin is None else tools.scan_scales(scanned.dmin),
         rows,
@@ -197,53 +199,25 @@ def _extremes(values: F64, among: Ints) -> Ints:
 # Blocks
 
 
-def _digest_blocks(chunk: Chunk, raw: U8, scanned: Scanned, sampled: int, tools: Tools) -> BlockDigest:
-    levels, flags, n = scanned.levels, scanned.flags, len(scanned.levels)
-    off, histogram = tools.deviate(levels.reshape(chunk.n_rows, chunk.blocks_per_row))
-    off = off.reshape(-1)
-    least = _least_of_worst(histogram)
-    found = tools.sift(scanned, off, sampled, least)
-    far = found.n_outliers or found.n_bad
-    worst = found.worst if least < DEVIATION_BINS - 1 else _beyond(off)
+def _digest_blocks(chunk: Chunk, raw: U8, scanned: Scanned, tools: Tools) -> BlockDigest:
+    levels, flags, ints, n = scanned.levels, scanned.flags, scanned.ints, len(scanned.levels)
+    found = tools.deviate(levels.reshape(chunk.n_rows, chunk.blocks_per_row))
+    off = found.off.reshape(-1)
+    far = found.histogram[OUTLIER:].any() or ints[BAD_BLOCKS]
     return BlockDigest(
-        Runs.of(levels == 0) if found.n_zero else Runs(n),
-        Runs.of(is_outlier(off) | (levels == BAD_LEVEL)) if far else Runs(n),
-        found.n_bad,
-        Runs.of(flags & MARKED == 0) if found.n_unmarked else Runs(n),
-        histogram,
-        worst,
-        off[worst].astype(np.int64),
-        _equal_neighbours(chunk, raw, proper_keys(scanned)) if found.n_equal else Runs(n - 1),
-        _end_key(scanned, 0),
-        _end_key(scanned, -1),
-        found.keys,
-        found.at,
+        Runs.of(levels == 0) if ints[ZERO_BLOCKS] else Runs(n),
+        Runs.of((np.abs(off) >= OUTLIER) & (off != NONE) | (levels == BAD_LEVEL)) if far else Runs(n),
+        int(ints[BAD_BLOCKS]),
+        Runs.of(flags & MARKED == 0) if ints[UNMARKED_BLOCKS] else Runs(n),
+        found.histogram,
+        found.worst,
+        off[found.worst].astype(np.int64),
+        _equal_neighbours(chunk, raw, scanned.keys) if ints[EQUAL_BLOCKS] else Runs(n - 1),
+        int(scanned.keys[0]),
+        int(scanned.keys[-1]),
+        scanned.kept,
+        scanned.kept_at,
     )
-
-
-def is_outlier(off: Levels) -> npt.NDArray[np.bool_]:
-    return (np.abs(off) >= OUTLIER) & (off != NONE)
-
-
-def proper_keys(scanned: Scanned) -> Keys:
-    """The keys of the blocks, 0 where all codes are equal: such blocks are no repetition."""
-    return np.where(scanned.flags & UNIFORM, np.uint64(0), scanned.keys)
-
-
-def _end_key(scanned: Scanned, at: int) -> int:
-    return 0 if scanned.flags[at] & UNIFORM else int(scanned.keys[at])
-
-
-def _least_of_worst(histogram: Ints) -> int:
-    """The largest magnitude that `BLOCKS_KEPT` deviations reach, or all if there are fewer."""
-    reaching = np.cumsum(histogram[::-1])[::-1]
-    return int(np.flatnonzero(reaching >= min(BLOCKS_KEPT, int(reaching[0])))[-1])
-
-
-def _beyond(off: Levels) -> Ints:
-    """The worst blocks where so many deviate that the histogram's last bin holds them all."""
-    magnitude = np.where(off == NONE, 0, np.abs(off.astype(np.int64)))
-    return np.argsort(-magnitude, kind="stable")[:BLOCKS_KEPT]
 
 
 def _equal_neighbours(chunk: Chunk, raw: U8, keys: Keys) -> Runs:
@@ -259,26 +233,12 @@ def _equal_neighbours(chunk: Chunk, raw: U8, keys: Keys) -> Runs:
 class Plain:
     """The loops in NumPy."""
 
-    def deviate(self, levels: Levels) -> tuple[Levels, Ints]:
+    def deviate(self, levels: Levels) -> Deviations:
         off = deviations(levels)
-        there = np.abs(off[off != NONE].astype(np.int64))
-        return off, np.bincount(np.minimum(there, DEVIATION_BINS - 1), minlength=DEVIATION_BINS)
-
-    def sift(self, scanned: Scanned, off: Levels, sampled: int, least: int) -> Sifted:
-        levels, keys = scanned.levels, proper_keys(scanned)
-        worst = np.flatnonzero((np.abs(off) >= least) & (off != NONE))
-        order = np.argsort(-np.abs(off[worst].astype(np.int64)), kind="stable")
-        kept = np.flatnonzero((keys & np.uint64(sampled - 1) == 0) & (keys != 0))
-        return Sifted(
-            int(np.count_nonzero(levels == 0)),
-            int(np.count_nonzero(levels == BAD_LEVEL)),
-            int(np.count_nonzero(is_outlier(off))),
-            int(np.count_nonzero(scanned.flags & MARKED == 0)),
-            int(np.count_nonzero((keys[1:] == keys[:-1]) & (keys[1:] != 0))),
-            worst[order[:BLOCKS_KEPT]],
-            keys[kept],
-            kept,
-        )
+        magnitude = np.where(off == NONE, -1, np.abs(off.astype(np.int64))).reshape(-1)
+        there = np.minimum(magnitude[magnitude >= 0], DEVIATION_BINS - 1)
+        worst = np.argsort(-magnitude, kind="stable")[: min(BLOCKS_KEPT, len(there))]
+        return Deviations(off, np.bincount(there, minlength=DEVIATION_BINS), worst)
 
     def scan_scales(self, d: F32) -> ScaleDigest:
         magnitude, finite = np.abs(d), np.isfinite(d)

@@ -17,15 +17,33 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, types
 
-from ggufkit.simd import bits_of, coded16, coded32, from_bits, half, level_of, read_u64, valued32
+from ggufkit.simd import LARGEST as LARGEST_FLOAT
+from ggufkit.simd import (
+    bits_of,
+    coded16,
+    coded32,
+    from_bits,
+    half,
+    level_of,
+    read_u64,
+    shifted16,
+    shifted32,
+    valued32,
+    widen_bf16_16,
+    widen_f16_16,
+)
 from ggufkit.stats.deviation import CLAMP, FEWEST, NONE
 from ggufkit.stats.layout import (
+    BAD_BLOCKS,
+    BIN_ROOM,
     DEVIATION_BINS,
+    EQUAL_BLOCKS,
     EXEMPT,
     FIRST_INF,
     FIRST_NAN,
     GRID_FIRST,
     HISTOGRAM_STRIDE,
+    LANES,
     MARKED,
     MAX,
     MAX_AT,
@@ -33,18 +51,28 @@ from ggufkit.stats.layout import (
     MIN_AT,
     N_INF,
     N_INTS,
+    N_KEPT,
     N_NAN,
     N_ZERO,
     OFF_BF16,
     OFF_F16,
-    OUTLIER,
     TINY_MINUS,
     TINY_PLUS,
-    TINY_SCALE,
     UNIFORM,
+    UNMARKED_BLOCKS,
+    ZERO_BLOCKS,
 )
 
-u8, u32, u64, i16, i32, f32, f64 = np.uint8, np.uint32, np.uint64, np.int16, np.int32, np.float32, np.float64
+i8, u8, u32, u64, i16, i32, f32, f64 = (
+    np.int8,
+    np.uint8,
+    np.uint32,
+    np.uint64,
+    np.int16,
+    np.int32,
+    np.float32,
+    np.float64,
+)
 
 inline = njit(inline="always", error_model="numpy")
 
@@ -65,23 +93,22 @@ _I8, _U8, _U16, _U32, _U64, _I16, _I32, _I64, _F32, _F64 = (
 )
 _L = types.int64
 
-#: scratch and bins (32 each), then what both kernels write: hist, levels, flags, row_min, row_max, row_square,
-#: row_bad, ints, sums
-_OUT = (_F64, _U16, _U32, _I16, _U8, _F32, _F32, _F64, _I64, _I64, _F64)
+#: for themselves: scratch (32 float64), bins, the lanes of the sums, and by block squares, lows, highs; then what both
+#: kernels write: hist, levels, flags, keys, kept, kept_at, row_min, row_max, row_square, row_bad, ints, sums
+_OUT = (_F64, _U16, _F64, _F64, _I8, _I8, _U32, _I16, _U8, _U64, _U64, _I64, _F32, _F32, _F64, _I64, _I64, _F64)
 
 SIGNATURES = {
-    "scan_codes": types.void(_I8, _F32, _F32, *[_L] * 6, types.float64, *[_L] * 3, *_OUT),
-    "scan_values": types.void(_F32, _L, _L, types.float64, *_OUT, _I64, _I64),
-    "deviate": types.void(_I16, _L, _L, _L, _I32, _I32, _I32, _I32, _I16, _I64),
+    "scan_codes": types.void(_I8, _F32, _F32, *[_L] * 6, types.float64, *[_L] * 3, types.uint64, *_OUT),
+    "scan_values": types.void(_F32, _L, _L, types.float64, types.uint64, *_OUT, _I64, _I64),
+    "deviate": types.void(_I16, _L, _L, _L, _L, _I32, _I32, _I32, _I32, _I32, _I16, _I64, _I64, _I64),
     "scan_scales": types.void(_F32, _L, _U32, _I64, _F32),
-    "sift": types.void(_I16, _U8, _U64, _I16, _L, types.uint64, _L, _L, _I64, _I64, _U64, _I64),
     "byte_runs": types.void(_U8, _L, _L, _I64),
     "widen_f16": types.void(_U8, _L, _F32),
     "widen_bf16": types.void(_U8, _L, _F32),
 }
 
 
-LARGEST = f32(3.4028235e38)
+LARGEST = f32(LARGEST_FLOAT)
 
 
 @inline
@@ -90,13 +117,24 @@ def is_finite(x):
 
 
 @inline
-def count_bins(hist, bins, count):
-    """Four histograms side by side, so that neighbours in one bin do not wait for each other."""
-    for j in range(0, count, 4):
-        hist[bins[j]] += u32(1)
-        hist[HISTOGRAM_STRIDE + bins[j + 1]] += u32(1)
-        hist[2 * HISTOGRAM_STRIDE + bins[j + 2]] += u32(1)
-        hist[3 * HISTOGRAM_STRIDE + bins[j + 3]] += u32(1)
+def count_bins(hist, bins, at):
+    """Count thirty-two gathered bins. There are four histograms side by side, so that neighbours in one bin do not
+    wait for each other; four bins are read at once."""
+    for j in range(at, at + 32, 4):
+        four = read_u64(bins, j)
+        hist[four & u64(0xFFFF)] += u32(1)
+        hist[u64(HISTOGRAM_STRIDE) + (four >> u64(16) & u64(0xFFFF))] += u32(1)
+        hist[u64(2 * HISTOGRAM_STRIDE) + (four >> u64(32) & u64(0xFFFF))] += u32(1)
+        hist[u64(3 * HISTOGRAM_STRIDE) + (four >> u64(48))] += u32(1)
+
+
+@inline
+def finish_bins(hist, bins, counted, fill):
+    """Count what has been gathered and not counted yet: whole units of sixteen."""
+    while counted != fill:
+        for j in range(counted, counted + 16):
+            hist[bins[j]] += u32(1)
+        counted = (counted + 16) & (BIN_ROOM - 1)
 
 
 @inline
@@ -107,6 +145,42 @@ def begin(ints, sums):
     for i in range(4):
         sums[i] = 0.0
     sums[MIN], sums[MAX] = np.inf, -np.inf
+
+
+@inline
+def begin_lanes(lanes):
+    for i in range(4 * LANES):
+        lanes[i] = 0.0
+
+
+@inline
+def add_lanes(sums, lanes):
+    for power in range(4):
+        for lane in range(LANES):
+            sums[power] += lanes[LANES * power + lane]
+
+
+@inline
+def note_blocks(n, elements, squares, levels, flags, keys, mask, kept, kept_at, ints):
+    """What is known block by block once the values have been seen: levels from the sums of the squares (below zero
+    for a block with something not finite), counts, and the keys that are sampled. `flags` are final."""
+    zero = bad = unmarked = equal = 0
+    for i in range(n):
+        square = squares[i]
+        levels[i] = i16(-1 if square < 0.0 else level_of(square / elements))
+        zero += square == 0.0
+        bad += square < 0.0
+    for i in range(n):
+        unmarked += flags[i] & MARKED == 0
+        keys[i] = u64(0) if flags[i] & UNIFORM else keys[i]
+    for i in range(1, n):
+        equal += (keys[i] == keys[i - 1]) & (keys[i] != u64(0))
+    n_kept = 0
+    for i in range(n):
+        kept[n_kept], kept_at[n_kept] = keys[i], i
+        n_kept += (keys[i] & mask == u64(0)) & (keys[i] != u64(0))
+    ints[ZERO_BLOCKS], ints[BAD_BLOCKS], ints[UNMARKED_BLOCKS] = zero, bad, unmarked
+    ints[EQUAL_BLOCKS], ints[N_KEPT] = equal, n_kept
 
 
 @inline
@@ -121,7 +195,8 @@ def slow_value(v, index, pivot, hist, ints, sums):
     bits = bits_of(v)
     hist[bits >> u32(21)] += u32(1)
     if v == f32(0):
-        ints[N_ZERO] += 1
+        ints[N_ZERO] += 1  # those of the fast path are in the histogram alone
+        hist[bits >> u32(21)] -= u32(1)
     elif bits & u32(0x7FFFFFFF) < u32(1 << 21):
         ints[TINY_PLUS if v > f32(0) else TINY_MINUS] += 1
     y = f64(v) - pivot
@@ -130,10 +205,6 @@ def slow_value(v, index, pivot, hist, ints, sums):
     sums[1] += y2
     sums[2] += y2 * y
     sums[3] += y2 * y2
-    if v < sums[MIN]:
-        sums[MIN], ints[MIN_AT] = v, index
-    if v > sums[MAX]:
-        sums[MAX], ints[MAX_AT] = v, index
     return f64(v) * f64(v)
 
 
@@ -151,108 +222,100 @@ def tree_sum(terms, count):
 
 
 @inline
-def place_of(value, codes, at, unit, s, m):
-    """The first of the unit's elements that has the value."""
-    for j in range(at, at + unit):
-        if s * f32(codes[j]) + m == value:
+def place_of(value, codes, at, length, unit, scales, mins, has_min, scale_shift):
+    """The first of `length` elements from `at` on that has the value; it is known to be there."""
+    for j in range(at, at + length):
+        g = j // unit >> scale_shift
+        if scales[g] * f32(codes[j]) + (mins[g] if has_min else f32(-0.0)) == value:
             return j
     return -1
 
 
 @inline
-def is_marked(mode, low_end, high_end, low, high):
-    """Whether a block's smallest and largest code lie where the quantizer puts them; see `layout.Mark`."""
-    if mode == 1:
-        return low == low_end
-    if mode == 2:
-        return low == low_end and high == high_end
-    if mode == 3:
-        return (low == low_end and high <= high_end) or (high == high_end and low >= low_end)
-    return True
-
-
-@inline
-def finish_flags(flags, marked, low, high):
-    """A block's flags, now that its codes are known."""
-    marked = (flags & MARKED and marked) or flags & EXEMPT
-    return u8((MARKED if marked else 0) + (UNIFORM if low == high else 0))
+def finish_flags(n, mode, low_end, high_end, lows, highs, flags):
+    """The final flags of the blocks, from the unpacker's and their smallest and largest code; see `layout.Mark`."""
+    for i in range(n):
+        low, high = lows[i], highs[i]
+        marked = True
+        if mode == 1:
+            marked = low == low_end
+        elif mode == 2:
+            marked = (low == low_end) & (high == high_end)
+        elif mode == 3:
+            marked = ((low == low_end) & (high <= high_end)) | ((high == high_end) & (low >= low_end))
+        marked = (marked & (flags[i] & MARKED != 0)) | (flags[i] & EXEMPT != 0)
+        flags[i] = u8(MARKED * marked + UNIFORM * (low == high))
 
 
 def scan_codes(
     codes, scales, mins, has_min, unit, scale_shift, units_per_block, blocks_per_row, n_rows, pivot,
-    mark_mode, low_end, high_end,
-    scratch, bins, hist, levels, flags, row_min, row_max, row_square, row_bad, ints, sums,
+    mark_mode, low_end, high_end, mask,
+    scratch, bins, lanes, squares, lows, highs, hist, levels, flags, keys, kept, kept_at,
+    row_min, row_max, row_square, row_bad, ints, sums,
 ):  # fmt: skip
     begin(ints, sums)
+    begin_lanes(lanes)
     n = f64(unit)
-    block_size = f64(unit * units_per_block)
-    index = 0
+    at = fill = counted = block = g = 0
+    shifted = has_min != 0 or pivot != 0.0
     for r in range(n_rows):
-        bottom, top, bad_in_row, row_total, zeros_in_row = f32(np.inf), f32(-np.inf), 0, 0.0, 0
-        t1 = t2 = t3 = t4 = 0.0
-        for block in range(r * blocks_per_row, (r + 1) * blocks_per_row):
+        bottom, top, bad_in_row, row_total = f32(np.inf), f32(-np.inf), 0, 0.0
+        first = at
+        for _ in range(blocks_per_row):
             square, bad, lowest, highest = 0.0, 0, 127, -128
             for _ in range(units_per_block):
-                at = index * unit
-                s = scales[index >> scale_shift]
-                m = mins[index >> scale_shift] if has_min else f32(-0.0)
-                index += 1
-                if unit == 32:
-                    s1, s2, s3, s4, low, high, zeros = coded32(codes, at, s, m, bins)
+                s = scales[g >> scale_shift]
+                m = mins[g >> scale_shift] if has_min else f32(-0.0)
+                g += 1
+                if shifted:
+                    c = f64(m) - pivot
+                    if unit == 32:
+                        ok, s1, s2, low, high, x, y = shifted32(codes, at, s, m, c, bins, fill, lanes)
+                    else:
+                        ok, s1, s2, low, high, x, y = shifted16(codes, at, s, m, c, bins, fill, lanes)
+                elif unit == 32:
+                    ok, s1, s2, low, high, x, y = coded32(codes, at, s, m, 0.0, bins, fill, lanes)
                 else:
-                    s1, s2, s3, s4, low, high, zeros = coded16(codes, at, s, m, bins)
+                    ok, s1, s2, low, high, x, y = coded16(codes, at, s, m, 0.0, bins, fill, lanes)
                 lowest, highest = min(lowest, low), max(highest, high)
-                x, y = s * f32(low) + m, s * f32(high) + m
-                if y < x:
-                    x, y = y, x
-                # false for anything not finite, too
-                if not (x >= -LARGEST and y <= LARGEST and (abs(s) > f32(TINY_SCALE) or s == f32(0))):
-                    before = ints[N_NAN] + ints[N_INF]
+                if ok:
+                    fill = (fill + unit) & (BIN_ROOM - 1)
+                    # bins are counted a little later, while the processor is busy with the next unit's arithmetic
+                    if (fill - counted) & (BIN_ROOM - 1) >= 64:
+                        count_bins(hist, bins, counted)
+                        counted = (counted + 32) & (BIN_ROOM - 1)
+                    wide, least = f64(s), f64(m)
+                    square += wide * wide * f64(s2) + 2.0 * least * (wide * f64(s1)) + n * (least * least)
+                    bottom = x if x < bottom else bottom
+                    top = y if y > top else top
+                else:
+                    seen = ints[N_NAN] + ints[N_INF]
                     for j in range(unit):
                         v = s * f32(codes[at + j]) + m
                         scratch[j] = slow_value(v, at + j, pivot, hist, ints, sums)
                         if is_finite(v):
                             bottom, top = min(bottom, v), max(top, v)
-                    bad += ints[N_NAN] + ints[N_INF] - before
+                    bad += ints[N_NAN] + ints[N_INF] - seen
                     square += tree_sum(scratch, unit)
-                    continue
-                count_bins(hist, bins, unit)
-                zeros_in_row += zeros
-                if x < bottom:
-                    bottom = x
-                    if x < sums[MIN]:
-                        sums[MIN], ints[MIN_AT] = x, place_of(x, codes, at, unit, s, m)
-                if y > top:
-                    top = y
-                    if y > sums[MAX]:
-                        sums[MAX], ints[MAX_AT] = y, place_of(y, codes, at, unit, s, m)
-                # the sums over s·q + m from the sums over q, by the binomial formula
-                wide, least = f64(s), f64(m)
-                ss = wide * wide
-                a1, a2, a3, a4 = wide * f64(s1), ss * f64(s2), ss * wide * f64(s3), ss * ss * f64(s4)
-                square += a2 + 2.0 * least * a1 + n * (least * least)
-                t1 += a1
-                t2 += a2
-                t3 += a3
-                t4 += a4
-                c = least - pivot
-                if c != 0.0:
-                    cc = c * c
-                    t1 += n * c
-                    t2 += 2.0 * c * a1 + n * cc
-                    t3 += 3.0 * c * a2 + 3.0 * cc * a1 + n * (cc * c)
-                    t4 += 4.0 * c * a3 + 6.0 * cc * a2 + 4.0 * (cc * c) * a1 + n * (cc * cc)
-            levels[block] = i16(-1 if bad else level_of(square / block_size))
-            marked = is_marked(mark_mode, low_end, high_end, lowest, highest)
-            flags[block] = finish_flags(flags[block], marked, lowest, highest)
+                at += unit
+            squares[block] = -1.0 if bad else square
+            lows[block], highs[block] = i8(lowest), i8(highest)
+            block += 1
             row_total += square
             bad_in_row += bad
         row_min[r], row_max[r], row_square[r], row_bad[r] = bottom, top, row_total, bad_in_row
-        ints[N_ZERO] += zeros_in_row
-        sums[0] += t1
-        sums[1] += t2
-        sums[2] += t3
-        sums[3] += t4
+        row_length = at - first
+        if bottom < sums[MIN]:
+            place = place_of(bottom, codes, first, row_length, unit, scales, mins, has_min, scale_shift)
+            sums[MIN], ints[MIN_AT] = bottom, place
+        if top > sums[MAX]:
+            place = place_of(top, codes, first, row_length, unit, scales, mins, has_min, scale_shift)
+            sums[MAX], ints[MAX_AT] = top, place
+    finish_bins(hist, bins, counted, fill)
+    add_lanes(sums, lanes)
+    finish_flags(block, mark_mode, low_end, high_end, lows, highs, flags)
+    elements = f64(unit * units_per_block)
+    note_blocks(block, elements, squares, levels, flags, keys, mask, kept, kept_at, ints)
 
 
 # Plain numbers
@@ -292,19 +355,20 @@ def place_of_value(value, values, at):
 
 
 def scan_values(
-    values, row_length, n_rows, pivot,
-    scratch, bins, hist, levels, flags, row_min, row_max, row_square, row_bad, ints, sums, off_bf16, off_f16,
+    values, row_length, n_rows, pivot, mask,
+    scratch, bins, lanes, squares, lows, highs, hist, levels, flags, keys, kept, kept_at,
+    row_min, row_max, row_square, row_bad, ints, sums, off_bf16, off_f16,
 ):  # fmt: skip
     begin(ints, sums)
-    block = 0
+    begin_lanes(lanes)
+    block = fill = counted = 0
     for r in range(n_rows):
         bottom, top, bad_in_row, row_total = f32(np.inf), f32(-np.inf), 0, 0.0
-        t1 = t2 = t3 = t4 = 0.0
         for at in range(r * row_length, (r + 1) * row_length, 32):
             count = min(32, (r + 1) * row_length - at)
             odd, bad = 1, 0
             if count == 32:
-                odd, zeros, p1, p2, p3, p4, square, x, y, n_bf16, n_f16 = valued32(values, at, pivot, bins)
+                odd, square, x, y, n_bf16, n_f16 = valued32(values, at, pivot, bins, fill, lanes)
             if odd:
                 x, y = f32(np.inf), f32(-np.inf)
                 for j in range(count):
@@ -319,42 +383,45 @@ def scan_values(
                 square = tree_sum(scratch, 32)
                 remember_off(values, at, count, ints, off_bf16, off_f16)
             else:
-                count_bins(hist, bins, 32)
-                ints[N_ZERO] += zeros
-                t1 += p1
-                t2 += p2
-                t3 += p3
-                t4 += p4
-                if x < sums[MIN]:
-                    sums[MIN], ints[MIN_AT] = x, place_of_value(x, values, at)
-                if y > sums[MAX]:
-                    sums[MAX], ints[MAX_AT] = y, place_of_value(y, values, at)
-                few = ints[OFF_BF16] < GRID_FIRST or ints[OFF_F16] < GRID_FIRST
-                if few and (n_bf16 or n_f16):
+                fill = (fill + 32) & (BIN_ROOM - 1)
+                if (fill - counted) & (BIN_ROOM - 1) >= 64:
+                    count_bins(hist, bins, counted)
+                    counted = (counted + 32) & (BIN_ROOM - 1)
+                if (n_bf16 and ints[OFF_BF16] < GRID_FIRST) or (n_f16 and ints[OFF_F16] < GRID_FIRST):
                     remember_off(values, at, 32, ints, off_bf16, off_f16)
                 else:
                     ints[OFF_BF16] += n_bf16
                     ints[OFF_F16] += n_f16
             bottom, top = min(bottom, x), max(top, y)
-            levels[block] = i16(-1 if bad else level_of(square / count))
+            # the sum over the shorter last run of a row is brought to the scale of a full one
+            squares[block] = -1.0 if bad else square / count * 32.0
             flags[block] = u8(MARKED + (UNIFORM if x == y and not bad else 0))
             block += 1
             row_total += square
             bad_in_row += bad
         row_min[r], row_max[r], row_square[r], row_bad[r] = bottom, top, row_total, bad_in_row
-        sums[0] += t1
-        sums[1] += t2
-        sums[2] += t3
-        sums[3] += t4
+        if bottom < sums[MIN]:
+            sums[MIN], ints[MIN_AT] = bottom, place_of_value(bottom, values, r * row_length)
+        if top > sums[MAX]:
+            sums[MAX], ints[MAX_AT] = top, place_of_value(top, values, r * row_length)
+    finish_bins(hist, bins, counted, fill)
+    add_lanes(sums, lanes)
+    note_blocks(block, 32.0, squares, levels, flags, keys, mask, kept, kept_at, ints)
 
 
 def widen_f16(raw, n, values):
-    for i in range(n):
+    whole = n // 16 * 16
+    for i in range(0, whole, 16):
+        widen_f16_16(raw, 2 * i, values, i)
+    for i in range(whole, n):
         values[i] = half(raw, 2 * i)
 
 
 def widen_bf16(raw, n, values):
-    for i in range(n):
+    whole = n // 16 * 16
+    for i in range(0, whole, 16):
+        widen_bf16_16(raw, 2 * i, values, i)
+    for i in range(whole, n):
         values[i] = from_bits(np.int64(raw[2 * i]) << 16 | np.int64(raw[2 * i + 1]) << 24)
 
 
@@ -372,52 +439,81 @@ def clamp(x, most):
     return min(max(x, -most), most)
 
 
-def deviate(levels, n_rows, n_columns, rounds, rows, columns, totals, counts, result, hist):
-    """See `deviation.deviations`; also a histogram of the magnitudes, one bin a step, int64 [DEVIATION_BINS]."""
+@inline
+def note_worst(magnitude, at, worst_by, worst, n_worst):
+    """Keep a block among the `n_worst` that deviate most; of equals the earlier stay."""
+    out = 0
+    for k in range(1, n_worst):
+        if worst_by[k] < worst_by[out] or (worst_by[k] == worst_by[out] and worst[k] > worst[out]):
+            out = k
+    worst_by[out], worst[out] = magnitude, at
+    least = worst_by[0]
+    for k in range(1, n_worst):
+        least = min(least, worst_by[k])
+    return least
+
+
+def deviate(
+    levels, n_rows, n_columns, rounds, n_worst, rows, columns, totals, counts, padded, result, hist, worst_by, worst
+):
+    """See `digest.Tools.deviate`. `padded` has room for n_rows times n_columns rounded up to sixteen."""
+    width = (n_columns + 15) // 16 * 16
     by_row, by_column = n_columns >= FEWEST, n_rows >= FEWEST
-    total, count = 0, 0
-    for c in range(n_columns):
+    for c in range(width):
         columns[c], counts[c] = 0, 0
+    total, count = 0, 0
     for r in range(n_rows):
         rows[r] = 0
+        for c in range(width):
+            padded[r * width + c] = 0
         for c in range(n_columns):
-            there = i32(levels[r * n_columns + c] > 0)
-            counts[c] += there
-            count += there
-            total += levels[r * n_columns + c] * there
+            padded[r * width + c] = max(i32(levels[r * n_columns + c]), i32(0))
+        for c in range(width):
+            x = padded[r * width + c]
+            counts[c] += i32(x > 0)
+            count += i32(x > 0)
+            total += x
     if not by_row and not by_column:
-        for c in range(n_columns):
-            columns[c] = i32(rounded_mean(total, count))
+        for c in range(width):
+            columns[c] = i32(rounded_mean(np.int64(total), np.int64(count)))
     for turn in range(1 + rounds):
         most = i32(CLAMP if turn else 32767)
         if by_column:
-            for c in range(n_columns):
+            for c in range(width):
                 totals[c] = 0
             for r in range(n_rows):
                 row = rows[r]
-                for c in range(n_columns):
-                    x = i32(levels[r * n_columns + c])
+                for c in range(width):
+                    x = padded[r * width + c]
                     e = clamp(i32(x - row - columns[c]), most)
                     totals[c] += e if x > 0 else i32(0)
-            for c in range(n_columns):
+            for c in range(width):
                 columns[c] += i32(rounded_mean(np.int64(totals[c]), np.int64(counts[c])))
         if by_row:
             for r in range(n_rows):
-                row, total, count = rows[r], i32(0), i32(0)
-                for c in range(n_columns):
-                    x = i32(levels[r * n_columns + c])
+                row, part, there = rows[r], i32(0), i32(0)
+                for c in range(width):
+                    x = padded[r * width + c]
                     e = clamp(i32(x - row - columns[c]), most)
-                    total += e if x > 0 else i32(0)
-                    count += i32(x > 0)
-                rows[r] += i32(rounded_mean(np.int64(total), np.int64(count)))
+                    part += e if x > 0 else i32(0)
+                    there += i32(x > 0)
+                rows[r] += i32(rounded_mean(np.int64(part), np.int64(there)))
+    for k in range(n_worst):
+        worst_by[k], worst[k] = -1, -1
+    least = np.int64(-1)
     for r in range(n_rows):
+        row = rows[r]
+        for c in range(n_columns):
+            at = r * n_columns + c
+            x = padded[r * width + c]
+            result[at] = i16(x - row - columns[c] if x > 0 else NONE)
         for at in range(r * n_columns, (r + 1) * n_columns):
-            x = i32(levels[at])
-            result[at] = i16(NONE)
-            if x > 0:
-                e = x - rows[r] - columns[at - r * n_columns]
-                result[at] = i16(e)
-                hist[min(abs(e), DEVIATION_BINS - 1)] += 1
+            magnitude = np.int64(abs(i32(result[at])))
+            if magnitude == -NONE:
+                continue
+            hist[min(magnitude, DEVIATION_BINS - 1)] += 1
+            if magnitude > least:
+                least = note_worst(magnitude, at, worst_by, worst, n_worst)
 
 
 def scan_scales(d, n, hist, ints, extremes):
@@ -441,34 +537,6 @@ def scan_scales(d, n, hist, ints, extremes):
             if ints[2] < 0:
                 ints[2] = i
     extremes[0], extremes[1] = least, most
-
-
-def sift(levels, flags, keys, off, n, mask, least, n_worst, counts, worst, kept, kept_at):
-    """See `digest.sift`."""
-    zero = bad = outlier = unmarked = equal = n_kept = n_found = n_least = 0
-    before = u64(0)
-    for i in range(n):
-        level, deviation, key = levels[i], abs(i32(off[i])), keys[i]
-        if level <= 0:
-            zero += level == 0
-            bad += level != 0
-            deviation = i32(0)
-        outlier += deviation >= OUTLIER
-        if deviation >= least and level > 0:
-            n_least += deviation == least
-            if (deviation > least or n_least <= n_worst) and n_found < 2 * n_worst:
-                worst[n_found] = i
-                n_found += 1
-        unmarked += flags[i] & MARKED == 0
-        if flags[i] & UNIFORM:
-            key = u64(0)
-        equal += key == before and key != u64(0)
-        before = key
-        if key & mask == u64(0) and key != u64(0):
-            kept[n_kept], kept_at[n_kept] = key, i
-            n_kept += 1
-    counts[0], counts[1], counts[2], counts[3] = zero, bad, outlier, unmarked
-    counts[4], counts[5], counts[6] = equal, n_kept, n_found
 
 
 def byte_runs(data, n, shortest, runs):

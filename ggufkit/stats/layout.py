@@ -14,14 +14,22 @@ BINS = 2048
 #: the compiled pass keeps four histograms; a stride of a power of two would put their bins into one cache set
 HISTOGRAM_STRIDE = BINS + 16
 
-#: places in the array of integers. TINY_... count values other than zero that fall into the lowest bin of their sign
-#: (below 2^-128): the compiled pass counts zeros into these bins too, and takes them out again at the end
-N_ZERO, N_NAN, N_INF, FIRST_NAN, FIRST_INF, MIN_AT, MAX_AT, OFF_BF16, OFF_F16, TINY_PLUS, TINY_MINUS = range(11)
-N_INTS = 11
+#: places in the array of integers: elements, then blocks (EQUAL: to the one before; N_KEPT: keys that were sampled).
+#: TINY_... count values other than zero that fall into the lowest bin of their sign (below 2^-128), where the compiled
+#: pass counts the zeros
+N_ZERO, N_NAN, N_INF, FIRST_NAN, FIRST_INF, MIN_AT, MAX_AT, OFF_BF16, OFF_F16 = range(9)
+ZERO_BLOCKS, BAD_BLOCKS, UNMARKED_BLOCKS, EQUAL_BLOCKS, N_KEPT, TINY_PLUS, TINY_MINUS = range(9, 16)
+N_INTS = 16
 
 #: places in the array of floats: four sums of powers about the pivot, then the extremes
 MIN, MAX = 4, 5
 N_SUMS = 6
+
+#: lanes of the compiled pass's sums: each of the four is kept as eight
+LANES = 8
+
+#: histogram bins that the compiled pass gathers before it counts them
+BIN_ROOM = 1024
 
 #: flags of a block: it bears the quantizer's mark; its scale is zero, so that it needs none; all codes are equal
 MARKED, EXEMPT, UNIFORM = 1, 2, 4

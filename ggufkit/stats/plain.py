@@ -17,8 +17,10 @@ from ggufkit.quants.bits import F32, U8, halves, words
 from ggufkit.quants.fingerprint import marked
 from ggufkit.stats.chunk import Chunk, Scanned, keys_of
 from ggufkit.stats.layout import (
+    BAD_BLOCKS,
     BAD_LEVEL,
     BINS,
+    EQUAL_BLOCKS,
     FIRST_INF,
     FIRST_NAN,
     GRID_FIRST,
@@ -28,6 +30,7 @@ from ggufkit.stats.layout import (
     MIN,
     MIN_AT,
     N_INF,
+    N_KEPT,
     N_NAN,
     N_ZERO,
     OFF_BF16,
@@ -36,20 +39,37 @@ from ggufkit.stats.layout import (
     TINY_PLUS,
     TINY_SCALE,
     UNIFORM,
+    UNMARKED_BLOCKS,
+    ZERO_BLOCKS,
 )
 
 F64 = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 
-def scan(chunk: Chunk, raw: U8, pivot: float) -> Scanned:
+def scan(chunk: Chunk, raw: U8, pivot: float, sampled: int) -> Scanned:
     """Scan a chunk's bytes (uint8 [nbytes], little-endian).
 
     Args:
         pivot: what the sums of powers are taken about.
+        sampled: one key in how many is kept, a power of two.
     """
     with np.errstate(all="ignore"):
-        return (_scan_blocks if chunk.type.is_block else _scan_numbers)(chunk, raw, pivot)
+        result = (_scan_blocks if chunk.type.is_block else _scan_numbers)(chunk, raw, pivot)
+    _count_blocks(result, sampled)
+    return result
+
+
+def _count_blocks(result: Scanned, sampled: int) -> None:
+    """What is counted block by block, once levels, flags and keys are known."""
+    ints, keys = result.ints, np.where(result.flags & UNIFORM, np.uint64(0), result.keys)
+    ints[ZERO_BLOCKS] = np.count_nonzero(result.levels == 0)
+    ints[BAD_BLOCKS] = np.count_nonzero(result.levels == BAD_LEVEL)
+    ints[UNMARKED_BLOCKS] = np.count_nonzero(result.flags & MARKED == 0)
+    ints[EQUAL_BLOCKS] = np.count_nonzero((keys[1:] == keys[:-1]) & (keys[1:] != 0))
+    kept = np.flatnonzero((keys & np.uint64(sampled - 1) == 0) & (keys != 0))
+    ints[N_KEPT] = len(kept)
+    result.keys, result.kept, result.kept_at = keys, keys[kept], kept
 
 
 # Blocks

@@ -45,7 +45,7 @@ Announce = Callable[[str], None]
 class Scan(Protocol):
     """How one thread scans a chunk: `plain.scan`, or a compiled scanner's."""
 
-    def __call__(self, chunk: Chunk, raw: U8, pivot: float) -> Scanned: ...
+    def __call__(self, chunk: Chunk, raw: U8, pivot: float, sampled: int) -> Scanned: ...
 
 
 def scan(
@@ -149,7 +149,7 @@ class _Workers:
         self.gguf.read_into(tensor, raw.data, chunk.offset)
         if self.gguf.shards[tensor.shard].byteorder == "big":
             raw = quants.to_little(chunk.type, raw)
-        return digest(chunk, raw, scan_chunk(chunk, raw, pivot), sampled, tools)
+        return digest(chunk, raw, scan_chunk(chunk, raw, pivot, sampled), tools)
 
 
 @dataclass(slots=True)
