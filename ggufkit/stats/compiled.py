@@ -13,7 +13,7 @@ from ggufkit.quants import QuantType
 from ggufkit.quants.bits import F32, U8
 from ggufkit.quants.compiled import Buffers, Unpacker
 from ggufkit.stats.chunk import Chunk, Scanned
-from ggufkit.stats.deviation import Levels, rounds
+from ggufkit.stats.deviation import Levels
 from ggufkit.stats.digest import BLOCKS_KEPT, Deviations, ScaleDigest
 from ggufkit.stats.layout import (
     BIN_ROOM,
@@ -41,7 +41,7 @@ _MODULE = "ggufkit.stats.kernels"
 ARGUMENTS = {
     "scan_codes": "PPPLLLLLLDLLLL" + "P" * 18,
     "scan_values": "PLLDL" + "P" * 20,
-    "deviate": "PLLLL" + "P" * 9,
+    "deviate": "PLLL" + "P" * 11,
     "scan_scales": "PLPPP",
     "byte_runs": "PLLP",
     "widen_f16": "PLP",
@@ -95,7 +95,7 @@ class Scanner:
     _bins: npt.NDArray[np.uint16] = field(default_factory=lambda: np.empty(BIN_ROOM, np.uint16))
     _lanes: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(4 * LANES))
     _by_block: _ByBlock = field(default_factory=lambda: _ByBlock.of(0))
-    _padded: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    _padded: npt.NDArray[np.int16] = field(default_factory=lambda: np.empty(0, np.int16))
     _histogram: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros(4 * HISTOGRAM_STRIDE, np.uint32))
 
     @classmethod
@@ -184,14 +184,17 @@ class Scanner:
     def deviate(self, levels: Levels) -> Deviations:
         """See `digest.Tools.deviate`."""
         n_rows, n_columns = levels.shape
-        width = -(-n_columns // 16) * 16
+        width = -(-n_columns // 32) * 32
         if len(self._padded) < n_rows * width:
-            self._padded = np.empty(n_rows * width, np.int32)
+            self._padded = np.empty(n_rows * width, np.int16)
         off, histogram = np.empty_like(levels), np.zeros(DEVIATION_BINS, np.int64)
-        rows, columns = np.empty(n_rows, np.int32), np.empty((3, width), np.int32)
+        rows, row_counts = np.empty(n_rows, np.int16), np.empty(n_rows, np.int32)
+        narrow, wide = np.empty((2, width), np.int16), np.empty((2, width), np.int32)
         worst = np.empty((2, BLOCKS_KEPT), np.int64)
-        outputs = [_address(array) for array in (rows, *columns, self._padded, off, histogram, *worst)]
-        _kernel("deviate")(_address(levels), n_rows, n_columns, rounds(levels.size), BLOCKS_KEPT, *outputs)
+        outputs = [
+            _address(array) for array in (rows, *narrow, *wide, row_counts, self._padded, off, histogram, *worst)
+        ]
+        _kernel("deviate")(_address(levels), n_rows, n_columns, BLOCKS_KEPT, *outputs)
         return Deviations(off, histogram, worst[1][worst[1] >= 0])
 
     def byte_runs(self, data: U8) -> ByteRuns:

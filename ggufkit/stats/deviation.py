@@ -1,9 +1,10 @@
 """How far the level of each block lies from what its row and its column of blocks let expect.
 
 A weight matrix has strong rows and strong columns, and a block in one of them is no outlier. So the levels (log2 of
-the mean square, in sixteenths of an octave of rms) of a chunk's blocks are modelled as row + column, and both are
-found by alternating means in which a residual counts for two octaves at most: a thousandfold scale or a row of
-foreign bytes then hardly moves them. All in integers, so that every implementation finds the same.
+the mean square, in sixteenths of an octave of rms) of a chunk's blocks are modelled as row + column. Beginning with
+the mean of all, both are found by alternating means in which a residual counts for four octaves at most: a scale
+that is a thousandfold too large, or a row of foreign bytes, then hardly moves them. All in integers, so that every
+implementation finds the same.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from ggufkit.stats.layout import LEVELS_PER_OCTAVE
 FEWEST = 4
 
 #: a residual counts for this much at most
-CLAMP = 2 * LEVELS_PER_OCTAVE
+CLAMP = 4 * LEVELS_PER_OCTAVE
+
+#: how often columns and rows are refined; each time they may move by `CLAMP`
+ROUNDS = 3
 
 #: the deviation of a block that has none: zeros, or something not finite
 NONE = -32768
@@ -26,30 +30,19 @@ Levels = npt.NDArray[np.int16]
 _Ints = npt.NDArray[np.int64]
 
 
-def rounds(n_blocks: int) -> int:
-    """How often rows and columns are refined: few blocks need it most and cost least."""
-    return 6 if n_blocks <= 4096 else 1
-
-
 def deviations(levels: Levels) -> Levels:
     """The deviation of each block, in sixteenths of an octave: int16 [rows, columns] -> the same, or NONE."""
     n_rows, n_columns = levels.shape
     valid = levels > 0
     x = np.where(valid, levels, 0).astype(np.int64)
     rows, columns = np.zeros((n_rows, 1), np.int64), np.zeros((1, n_columns), np.int64)
-    by_row, by_column = n_columns >= FEWEST, n_rows >= FEWEST
-    if not by_row and not by_column:
-        columns += _mean(x.reshape(1, -1), valid.reshape(1, -1), 1)
-    for clamp in (None, *[CLAMP] * rounds(levels.size)):
-        if by_column:
-            columns += _mean(_clamped(x - rows - columns, clamp), valid, 0)
-        if by_row:
-            rows += _mean(_clamped(x - rows - columns, clamp), valid, 1)
+    columns += _mean(x.reshape(1, -1), valid.reshape(1, -1), 1)
+    for _ in range(ROUNDS):
+        if n_rows >= FEWEST:
+            columns += _mean((x - rows - columns).clip(-CLAMP, CLAMP), valid, 0)
+        if n_columns >= FEWEST:
+            rows += _mean((x - rows - columns).clip(-CLAMP, CLAMP), valid, 1)
     return np.where(valid, x - rows - columns, NONE).astype(np.int16)
-
-
-def _clamped(residual: _Ints, clamp: int | None) -> _Ints:
-    return residual if clamp is None else residual.clip(-clamp, clamp)
 
 
 def _mean(residual: _Ints, valid: npt.NDArray[np.bool_], axis: int) -> _Ints:

@@ -32,7 +32,7 @@ from ggufkit.simd import (
     widen_bf16_16,
     widen_f16_16,
 )
-from ggufkit.stats.deviation import CLAMP, FEWEST, NONE
+from ggufkit.stats.deviation import CLAMP, FEWEST, NONE, ROUNDS
 from ggufkit.stats.layout import (
     BAD_BLOCKS,
     BIN_ROOM,
@@ -100,7 +100,7 @@ _OUT = (_F64, _U16, _F64, _F64, _I8, _I8, _U32, _I16, _U8, _U64, _U64, _I64, _F3
 SIGNATURES = {
     "scan_codes": types.void(_I8, _F32, _F32, *[_L] * 6, types.float64, *[_L] * 3, types.uint64, *_OUT),
     "scan_values": types.void(_F32, _L, _L, types.float64, types.uint64, *_OUT, _I64, _I64),
-    "deviate": types.void(_I16, _L, _L, _L, _L, _I32, _I32, _I32, _I32, _I32, _I16, _I64, _I64, _I64),
+    "deviate": types.void(_I16, *[_L] * 3, _I16, _I16, _I16, _I32, _I32, _I32, _I16, _I16, _I64, _I64, _I64),
     "scan_scales": types.void(_F32, _L, _U32, _I64, _F32),
     "byte_runs": types.void(_U8, _L, _L, _I64),
     "widen_f16": types.void(_U8, _L, _F32),
@@ -427,6 +427,9 @@ def widen_bf16(raw, n, values):
 
 # Blocks against their rows and columns
 
+#: rows whose clamped residuals add up within sixteen bits
+ROWS_AT_ONCE = 32767 // CLAMP
+
 
 @inline
 def rounded_mean(total, count):
@@ -435,8 +438,12 @@ def rounded_mean(total, count):
 
 
 @inline
-def clamp(x, most):
-    return min(max(x, -most), most)
+def residual(x, row, column):
+    """A level's residual, clamped; 0 where there is no level. All in sixteen bits: levels stay below 2^14."""
+    e = i16(i16(x - row) - column)
+    e = e if e > i16(-CLAMP) else i16(-CLAMP)
+    e = e if e < i16(CLAMP) else i16(CLAMP)
+    return e if x > i16(0) else i16(0)
 
 
 @inline
@@ -454,59 +461,60 @@ def note_worst(magnitude, at, worst_by, worst, n_worst):
 
 
 def deviate(
-    levels, n_rows, n_columns, rounds, n_worst, rows, columns, totals, counts, padded, result, hist, worst_by, worst
-):
-    """See `digest.Tools.deviate`. `padded` has room for n_rows times n_columns rounded up to sixteen."""
-    width = (n_columns + 15) // 16 * 16
-    by_row, by_column = n_columns >= FEWEST, n_rows >= FEWEST
+    levels, n_rows, n_columns, n_worst,
+    rows, columns, few, totals, counts, row_counts, padded, result, hist, worst_by, worst,
+):  # fmt: skip
+    """See `digest.Tools.deviate`. `padded` has room for n_rows times n_columns rounded up to 32; the arrays by column
+    have as many columns. Where LLVM adds up columns it does so in sixteen bits, a few hundred rows at a time."""
+    width = (n_columns + 31) // 32 * 32
+    total = count = 0
     for c in range(width):
-        columns[c], counts[c] = 0, 0
-    total, count = 0, 0
+        counts[c] = 0
     for r in range(n_rows):
-        rows[r] = 0
-        for c in range(width):
+        there, part = i32(0), i32(0)
+        for c in range(n_columns, width):
             padded[r * width + c] = 0
         for c in range(n_columns):
-            padded[r * width + c] = max(i32(levels[r * n_columns + c]), i32(0))
-        for c in range(width):
-            x = padded[r * width + c]
-            counts[c] += i32(x > 0)
-            count += i32(x > 0)
-            total += x
-    if not by_row and not by_column:
-        for c in range(width):
-            columns[c] = i32(rounded_mean(np.int64(total), np.int64(count)))
-    for turn in range(1 + rounds):
-        most = i32(CLAMP if turn else 32767)
-        if by_column:
+            x = levels[r * n_columns + c]
+            x = x if x > i16(0) else i16(0)
+            padded[r * width + c] = x
+            counts[c] += i32(x > i16(0))
+            there += i32(x > i16(0))
+            part += i32(x)
+        total += part
+        count += there
+        rows[r], row_counts[r] = 0, there
+    for c in range(width):
+        columns[c] = i16(rounded_mean(total, count))
+    for _ in range(ROUNDS):
+        if n_rows >= FEWEST:
             for c in range(width):
                 totals[c] = 0
-            for r in range(n_rows):
-                row = rows[r]
+            for begin in range(0, n_rows, ROWS_AT_ONCE):
                 for c in range(width):
-                    x = padded[r * width + c]
-                    e = clamp(i32(x - row - columns[c]), most)
-                    totals[c] += e if x > 0 else i32(0)
+                    few[c] = 0
+                for r in range(begin, min(begin + ROWS_AT_ONCE, n_rows)):
+                    row = rows[r]
+                    for c in range(width):
+                        few[c] = i16(few[c] + residual(padded[r * width + c], row, columns[c]))
+                for c in range(width):
+                    totals[c] += i32(few[c])
             for c in range(width):
-                columns[c] += i32(rounded_mean(np.int64(totals[c]), np.int64(counts[c])))
-        if by_row:
+                columns[c] = i16(columns[c] + rounded_mean(np.int64(totals[c]), np.int64(counts[c])))
+        if n_columns >= FEWEST:
             for r in range(n_rows):
-                row, part, there = rows[r], i32(0), i32(0)
+                row, part = rows[r], i32(0)
                 for c in range(width):
-                    x = padded[r * width + c]
-                    e = clamp(i32(x - row - columns[c]), most)
-                    part += e if x > 0 else i32(0)
-                    there += i32(x > 0)
-                rows[r] += i32(rounded_mean(np.int64(part), np.int64(there)))
+                    part += i32(residual(padded[r * width + c], row, columns[c]))
+                rows[r] = i16(row + rounded_mean(np.int64(part), np.int64(row_counts[r])))
     for k in range(n_worst):
         worst_by[k], worst[k] = -1, -1
     least = np.int64(-1)
     for r in range(n_rows):
         row = rows[r]
         for c in range(n_columns):
-            at = r * n_columns + c
             x = padded[r * width + c]
-            result[at] = i16(x - row - columns[c] if x > 0 else NONE)
+            result[r * n_columns + c] = i16(i16(x - row) - columns[c]) if x > i16(0) else i16(NONE)
         for at in range(r * n_columns, (r + 1) * n_columns):
             magnitude = np.int64(abs(i32(result[at])))
             if magnitude == -NONE:
@@ -518,25 +526,42 @@ def deviate(
 
 def scan_scales(d, n, hist, ints, extremes):
     """See `digest.Tools.scan_scales`; ints: n_nan, n_inf, the first of them, n_zero, where the extremes are."""
-    for i in range(6):
-        ints[i] = 0
-    ints[2] = ints[4] = ints[5] = -1
-    least, most = f32(np.inf), f32(0)
     for i in range(n):
         hist[bits_of(d[i]) >> u32(21)] += u32(1)
-        x = abs(d[i])
-        if x > f32(0) and x <= LARGEST:
-            if x < least:
-                least, ints[4] = x, i
-            if x > most:
-                most, ints[5] = x, i
-        elif x == f32(0):
-            ints[3] += 1
-        else:
-            ints[0 if x != x else 1] += 1
-            if ints[2] < 0:
-                ints[2] = i
-    extremes[0], extremes[1] = least, most
+    special, nan, zero, least, most = u32(0x7F800000), 0, 0, u32(0xFFFFFFFF), u32(0)
+    odd = 0
+    for i in range(n):
+        bits = bits_of(d[i]) & u32(0x7FFFFFFF)
+        odd += bits >= special
+        nan += bits > special
+        zero += bits == u32(0)
+        proper = u32(0xFFFFFFFF) if (bits == u32(0)) | (bits >= special) else bits
+        least = proper if proper < least else least
+        proper = u32(0) if bits >= special else bits
+        most = proper if proper > most else most
+    ints[0], ints[1], ints[2], ints[3], ints[4], ints[5] = nan, odd - nan, -1, zero, -1, -1
+    extremes[0], extremes[1] = f32(np.inf), f32(0)
+    if odd:
+        while ints[2] < 0 or bits_of(d[ints[2]]) & special != special:
+            ints[2] += 1
+    if most > u32(0):
+        for which, wanted in ((4, least), (5, most)):
+            i = 0
+            while bits_of(d[i]) & u32(0x7FFFFFFF) != wanted:
+                i += 1
+            ints[which] = i
+            extremes[which - 4] = abs(d[i])
+
+
+@inline
+def has_equal_bytes(data, at):
+    """Whether any of the next eight words consists of eight equal bytes."""
+    least = ~u64(0)
+    for k in range(0, 64, 8):
+        word = read_u64(data, at + k)
+        differs = word ^ (word >> u64(8) | word << u64(56))
+        least = differs if differs < least else least
+    return least == u64(0)
 
 
 def byte_runs(data, n, shortest, runs):
@@ -546,6 +571,10 @@ def byte_runs(data, n, shortest, runs):
         runs[i] = 0
     at = 0
     while at + 8 <= n:
+        while at + 64 <= n and not has_equal_bytes(data, at):
+            at += 64
+        if at + 8 > n:
+            break
         word = read_u64(data, at)
         if word != (word >> u64(8) | word << u64(56)):
             at += 8
