@@ -34,6 +34,7 @@ FORBIDDEN = {
     "chat": ("cli", "report", "checks", "runtime", "stats"),
     "trace": ("cli", "report", "checks", "runtime"),
     "runtime": ("cli", "report", "checks", "tokenizer", "chat", "conversation"),
+    "witness": ("cli", "report", "checks", "tokenizer", "chat", "conversation"),
     "checks": ("cli", "report", "runtime"),
     "overview": ("cli", "report", "checks", "runtime", "stats"),
     "memory": ("cli", "report", "checks", "runtime", "stats"),
@@ -54,9 +55,9 @@ HEAVY = {
     "rich": ("cli", "report"),
     "matplotlib": ("plot.py", "plot"),
     "cupy": ("gpu.py", "runtime/cuda", "stats"),
-    "torch": ("runtime/witness",),
-    "transformers": ("runtime/witness",),
-    "llama_cpp": ("runtime/witness",),
+    "torch": ("witness",),
+    "transformers": ("witness",),
+    "llama_cpp": ("witness",),
 }
 
 

@@ -55,7 +55,8 @@ def trace(
     steps: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only these: 'q_*', 'l_out-3'.")] = None,
     layers: Annotated[str | None, typer.Option(metavar="0-3", help="Only these layers.")] = None,
     engine: Annotated[
-        Literal["reference", "cpu", "cuda"] | None, typer.Option(help="What computes, rather than --device.")
+        Literal["reference", "cpu", "cuda", "llama.cpp", "transformers"] | None,
+        typer.Option(help="What computes, rather than --device; the last two are other people's, and optional."),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -82,7 +83,7 @@ def trace(
             layers=layer_numbers(layers) if layers else None,
             decode=decode,
         )
-        computing = load_engine(gguf, engine or device, dtype)
+        computing = _engine(gguf, engine or device, dtype)
         if output is None:
             _summarize(computing, plan, source, json)
             return
@@ -180,6 +181,13 @@ def layer_numbers(text: str) -> list[int]:
             raise UsageError(f"{text!r} names no layers", expected="for instance 0-3 or 0,5,7-9")
         layers += range(int(match[1]), int(match[2] or match[1]) + 1)
     return layers
+
+
+def _engine(gguf: GGUF, name: str, dtype: str | None) -> Engine:
+    """One of our engines, or a witness."""
+    from ggufkit import witness
+
+    return witness.load(name, gguf, dtype) if name in witness.WITNESSES else load_engine(gguf, name, dtype)
 
 
 def _summarize(engine: Engine, plan: Plan, source: str, json: bool) -> None:
