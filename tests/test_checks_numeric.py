@@ -140,6 +140,7 @@ CASES = [
     Case("scale / 2048", q8(UP, scaled(2**-11)), "N109", "warning", UP, "smaller"),
     Case("scale negative", q8(UP, scaled(-1)), "N110", "error", UP, "a block of"),
     Case("code damaged", q8(UP, setting((30, slice(2, 34)), 7)), "N110", "error", UP, "[15, 0]"),
+    Case("scale / 200", q8(UP, scaled(1 / 200)), "N115", "warning", UP, "[15, 0]"),
     Case("1e30 in a matrix", put(UP, (50, 9), 1e30), "N111", "error", UP, "1e+30, at [50, 9]"),
     Case("exponent bit in a matrix", put(UP, (50, 9), -300.0), "N111", "error", UP, "-300"),
     Case("row filled", put(UP, 33, 0.25), "N112", "warning", UP, "1 rows"),

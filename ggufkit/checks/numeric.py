@@ -26,9 +26,10 @@ from ggufkit.checks.rule import Found, Need, rule
 from ggufkit.container import Tensor
 from ggufkit.findings import Confidence, Evidence, Judgement, Severity
 from ggufkit.quants.fingerprint import MARKS
+from ggufkit.vocabulary import TokenType
 
 if TYPE_CHECKING:
-    from ggufkit.stats import BlockDeviation, ByteRun, ExpertStats, ScaleStats, TensorStats
+    from ggufkit.stats import BlockDeviation, ByteRun, ExpertStats, ScaleStats, Span, TensorStats
 
 ERROR, WARNING, INFO = Severity.ERROR, Severity.WARNING, Severity.INFO
 
@@ -48,6 +49,8 @@ _VANISHED = -9.0
 #: empty octaves below a few largest values of a float matrix; the largest genuine gap seen is 1.5
 _VALUE_GAP = 6.0
 _FEW = 8
+#: the same below a few smallest scales; the largest genuine gap seen is 0.75
+_SCALE_GAP = 3.0
 #: files in which more of the blocks lack the quantizer's mark were made by a quantizer that leaves none
 _UNMARKED_SHARE = 1e-3
 #: two blocks that hold less information than this, in bits, may be equal by chance
@@ -196,8 +199,8 @@ def all_zero(context: Context) -> Iterator[Found]:
 def zero_rows(context: Context) -> Iterator[Found]:
     """Whole rows of a matrix are zero.
 
-    What. Rows, each the weights of one output channel. In embeddings they belong to tokens that were never trained,
-    which is only mentioned.
+    What. Rows, each the weights of one output channel. Rows of an embedding are only mentioned when they belong to
+    control, unused or unknown tokens, which are often never trained.
 
     Why. The channel is switched off. Pruned models have such rows; in others the data was lost.
 
@@ -213,8 +216,18 @@ def zero_rows(context: Context) -> Iterator[Found]:
         where = f"; the longest run is rows {run.start:,} to {run.start + run.length - 1:,}" if run else ""
         message = f"{count:,} of {stats.rows.count:,} rows of {tensor.name!r} are all zero{where}"
         index = (run.start,) if run else None
-        severity = INFO if tensor.name in _EMBEDDINGS else None
+        severity = INFO if run is not None and _untrained(context, tensor, run) else None
         yield Found(message, tensor.name, index=index, value=count, severity=severity)
+
+
+def _untrained(context: Context, tensor: Tensor, rows: Span) -> bool:
+    """Whether these rows of an embedding belong to tokens that are no ordinary text; yes, when nothing tells."""
+    if tensor.name not in _EMBEDDINGS:
+        return False
+    types = None if context.lacks(Need.VOCABULARY) else context.words.types
+    if types is None:
+        return True
+    return not np.isin(types[rows.start : rows.start + rows.length], (TokenType.NORMAL, TokenType.BYTE)).any()
 
 
 def _dead_experts(stats: TensorStats) -> Iterator[ExpertStats]:
@@ -287,7 +300,7 @@ def zero_blocks(context: Context) -> Iterator[Found]:
     Fix. Fetch the file again, unless the model was pruned in blocks.
     """
     for tensor, stats in _matrices(context):
-        if tensor.type is None or not tensor.type.is_block or tensor.name in _EMBEDDINGS:
+        if tensor.type is None or not tensor.type.is_block:
             continue
         per_row = stats.rows.length // stats.blocks.elements
         count = stats.blocks.n_zero - per_row * stats.rows.n_zero
@@ -426,14 +439,14 @@ def block_out_of_place(context: Context) -> Iterator[Found]:
             yield _out_of_place(tensor, stats, odd, None)
         elif odd and odd[0].rest >= _ODD and odd[0].rest - _third(odd, stats) >= _ALONE:
             yield _out_of_place(tensor, stats, odd[:2], WARNING)
-        elif odd and odd[-1].octaves <= _VANISHED:
+        elif odd and odd[-1].octaves <= _VANISHED and tensor.name not in _EMBEDDINGS:
             yield _out_of_place(tensor, stats, odd[::-1][:1], WARNING)
 
 
 def _odd_blocks(context: Context, tensor: Tensor, stats: TensorStats) -> list[_Odd]:
     """The worst blocks, by what is left of them without their largest values; the largest first."""
     worst = [block for block in stats.blocks.worst if abs(block.octaves) >= _ODD]
-    if not worst or tensor.type is None or tensor.name in _EMBEDDINGS:
+    if not worst or tensor.type is None:
         return []
     odd = [_without_largest(context, tensor, stats, block) for block in worst]
     return sorted(odd, key=lambda block: -block.rest)
@@ -443,8 +456,8 @@ def _without_largest(context: Context, tensor: Tensor, stats: TensorStats, block
     assert tensor.type is not None
     place = _place(tensor, stats, block.block)
     raw = context.gguf.read(tensor, place.start, place.nbytes)
-    values = quants.dequantize(tensor.type, raw, byteorder=context.gguf.byteorder).astype(np.float64).ravel()
-    squares = np.sort(np.where(np.isfinite(values), values, 0.0) ** 2)
+    values = quants.dequantize(tensor.type, raw, byteorder=context.gguf.byteorder).ravel()
+    squares = np.sort(np.where(np.isfinite(values), values, np.float32(0)).astype(np.float64) ** 2)
     whole, rest = squares.mean(), squares[: -max(2, len(squares) // 64)].mean() if len(squares) > 2 else 0.0
     left = block.octaves + 0.5 * float(np.log2(rest / whole)) if rest > 0 and whole > 0 else -np.inf
     return _Odd(block.block, block.octaves, min(left, block.octaves))
@@ -480,6 +493,47 @@ def _out_of_place(tensor: Tensor, stats: TensorStats, odd: list[_Odd], severity:
         help=_FETCH_AGAIN,
         evidence=(Evidence("numbers", text, numbers),),
     )
+
+
+@rule("N115", "scale-too-small", WARNING, confidence=Confidence.MEDIUM, needs=[Need.DATA])
+def scale_too_small(context: Context) -> Iterator[Found]:
+    """A block's scale or min is zero or far below all others, and the block is not.
+
+    What. Scales that are zero although the block's values are not all zero; and a few scales or mins below a gap of
+    three empty octaves (a factor of 8), fewer than half a row of blocks.
+
+    Why. The block loses its details and keeps its offset: its size hardly changes, so that nothing else sees it.
+    Scales of a healthy tensor form one unbroken range; the widest gap seen at its lower end is under one octave.
+
+    Case. The scale of a Q4_K block divided by 1024.
+
+    Fix. Fetch the file again.
+    """
+    for tensor, stats in _matrices(context):
+        for what, scales in (("scale", stats.scales), ("min", stats.mins)):
+            if scales is None or stats.rows.n_constant:
+                continue
+            if what == "scale" and scales.n_zero > stats.blocks.n_zero * scales.per_block:
+                message = f"{tensor.name!r} has {scales.n_zero:,} scales of zero in blocks that are not zero"
+                yield Found(message, tensor.name, value=scales.n_zero)
+            elif (count := _alone_below(scales, stats)) and scales.smallest is not None:
+                place = _place(tensor, stats, scales.smallest.index // scales.per_block)
+                several = f"{count} {what}s" if count > 1 else f"a {what}"
+                message = (
+                    f"{several} of {tensor.name!r} are far below all others, down to {scales.smallest.value:.3g} at "
+                    f"{list(place.index)}{_expert(stats, place.index)}"
+                )
+                yield Found(message, tensor.name, index=place.index, offset=place.offset, value=scales.smallest.value)
+
+
+def _alone_below(scales: ScaleStats, stats: TensorStats) -> int:
+    """How many of the smallest magnitudes lie below a gap; 0 when there is none, or when they could be a row."""
+    counts = scales.histogram.counts
+    bins = np.flatnonzero(counts)
+    below = np.cumsum(counts[bins])[:-1]
+    per_row = max(1, scales.per_block * stats.rows.length // stats.blocks.elements)
+    alone = (np.diff(bins) > 4 * _SCALE_GAP) & (below <= min(_FEW, max(1, per_row // 2)))
+    return int(below[alone][-1]) if alone.any() else 0
 
 
 @rule("N110", "unmarked-block", ERROR, needs=[Need.DATA])

@@ -241,8 +241,8 @@ def _pivot(gguf: GGUF, tensor: Tensor, qtype: QuantType) -> float:
     if qtype.is_block or count == 0:
         return 0.0
     raw = gguf.read(tensor, 0, count * qtype.type_size)
-    values = quants.dequantize(qtype, raw, byteorder=gguf.shards[tensor.shard].byteorder).astype(np.float64)
-    finite: npt.NDArray[np.float64] = values[np.isfinite(values)]
+    values = quants.dequantize(qtype, raw, byteorder=gguf.shards[tensor.shard].byteorder)
+    finite: npt.NDArray[np.float64] = values[np.isfinite(values)].astype(np.float64)  # converting a NaN may warn
     if len(finite) == 0 or abs(finite.mean()) <= 2 * finite.std():
         return 0.0
     return float(finite.mean())
