@@ -1,6 +1,7 @@
 """From raw bytes to values, in plain NumPy: which function takes which type apart, and the two public verbs.
 
-This is the specification of the block formats; `kernels.py` does the same faster and is tested against it.
+This is the specification of the block formats; `kernels.py` does the same faster, is tested against it, and takes
+over for large arrays.
 """
 
 from __future__ import annotations
@@ -54,8 +55,11 @@ NUMBERS = {
     "I64": "<i8",
 }
 
-#: blocks that are taken apart at once, so that the intermediate arrays stay in the cache
-_TILE = 4096
+#: elements that are taken apart at once, so that the intermediate arrays stay in the cache
+_TILE = 1 << 18
+
+#: bytes from which on the compiled kernels are worth their loading
+LARGE = 4 << 20
 
 
 def check_whole_blocks(qtype: QuantType, raw: U8) -> None:
@@ -79,6 +83,10 @@ def unpack(qtype: QuantType, raw: U8, byteorder: str = "little") -> Unpacked:
     take_apart = _unpacker(qtype)
     check_whole_blocks(qtype, raw)
     blocks = np.ascontiguousarray(raw if byteorder == "little" else to_little(qtype, raw))
+    if raw.nbytes >= LARGE:
+        from ggufkit.quants import compiled
+
+        return compiled.unpack(qtype, blocks)
     with np.errstate(all="ignore"):  # a NaN scale is a finding of the validator, not an accident here
         parts = take_apart(blocks.reshape(-1, qtype.type_size))
     lead = raw.shape[:-1]
@@ -87,10 +95,16 @@ def unpack(qtype: QuantType, raw: U8, byteorder: str = "little") -> Unpacked:
 
 def _dequantize_blocks(qtype: QuantType, raw: U8, out: F32) -> None:
     """uint8 [n · type_size] -> float32 [n · block_size], a tile at a time."""
+    take_apart = unpack
+    if raw.nbytes >= LARGE:
+        from ggufkit.quants import compiled
+
+        take_apart = compiled.unpack
     values = out.reshape(-1, qtype.block_size // qtype.group, qtype.group)
-    for start in range(0, len(values), _TILE):
-        tile = values[start : start + _TILE]
-        codes, scales, mins = unpack(qtype, raw[start * qtype.type_size : (start + _TILE) * qtype.type_size])
+    step = max(1, _TILE // qtype.block_size)
+    for start in range(0, len(values), step):
+        tile = values[start : start + step]
+        codes, scales, mins = take_apart(qtype, raw[start * qtype.type_size : (start + step) * qtype.type_size])
         np.multiply(codes.reshape(tile.shape), scales.reshape(len(tile), -1, 1), out=tile)
         if mins is not None:
             tile += mins.reshape(len(tile), -1, 1)
