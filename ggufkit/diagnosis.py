@@ -15,7 +15,7 @@ from ggufkit.runtime.diagnose import Diagnosis
 from ggufkit.runtime.diagnose import diagnose as explain_numbers
 from ggufkit.runtime.evaluate import Graph
 from ggufkit.runtime.reference import ReferenceEngine
-from ggufkit.trace import Trace, model_digest
+from ggufkit.trace import Mode, Trace, model_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,9 @@ def diagnose(
     engine = ReferenceEngine(gguf)
     arranged = foreign.arrange(given, engine.config)
     mistake, checked = words.compare(given)
-    numbers = explain_numbers(Graph(engine.config), engine.weights, given.token_ids, arranged.known, arranged.parts)
+    mode: Mode = given.mode if isinstance(given, Trace) else "prefill"
+    graph = Graph(engine.config)
+    numbers = explain_numbers(graph, engine.weights, given.token_ids, arranged.known, arranged.parts, mode)
     return Answer(numbers, mistake, checked, (*_other_model(gguf, given), *arranged.notes))
 
 

@@ -47,7 +47,9 @@ class ForeignEngine:
         tensor = self.model.tensors[name]
         raw = self.model.read(tensor)
         blocks = raw.reshape(-1, tensor.type.type_size)
-        if decoding == "scale_byte_order" and tensor.type.is_block:
+        if decoding == "block_off_by_one" and tensor.type.is_block:
+            blocks = np.concatenate([blocks[1:], blocks[:1]])
+        elif decoding == "scale_byte_order" and tensor.type.is_block:
             blocks = blocks.copy()
             at = tensor.type.d
             blocks[:, [at, at + 1]] = blocks[:, [at + 1, at]]
@@ -84,6 +86,9 @@ class _Run:
         self.bugs = {bug.partition(":")[0]: float(bug.partition(":")[2] or 0) for bug in bugs}
         shape = (engine.n_layer, n + 1, engine.n_kv, engine.dim)
         self.keys, self.values = np.zeros(shape, F), np.zeros(shape, F)
+        if "cache_stale" in self.bugs:  # what an earlier prompt left
+            left = np.random.default_rng(7)
+            self.keys, self.values = (left.normal(size=shape).astype(F) for _ in range(2))
         self.rows: dict[str, list[np.ndarray]] = {}
 
     def has(self, bug: str) -> bool:
@@ -188,7 +193,7 @@ class _Run:
         self.note("result_output", self.times(x, "token_embd.weight" if tied else "output.weight", "result_output"))
 
     def layer(self, x: np.ndarray, n: int, first: int) -> np.ndarray:
-        e, note, w = self.e, self.note, f"blk.{n}."
+        e, note, w, inp = self.e, self.note, f"blk.{n}.", x
         normed = note(f"attn_norm-{n}", self.norm(x, w + "attn_norm.weight"))
         names = {"q": "attn_q", "k": "attn_k", "v": "attn_v"}
         if self.has("key_value_swapped"):
@@ -219,6 +224,8 @@ class _Run:
         down = note(f"ffn_out-{n}", self.times(act, w + "ffn_down.weight", "ffn_out"))
         if self.has("no_residual"):
             return note(f"l_out-{n}", down)
+        if self.has("residual_from_input"):
+            return note(f"l_out-{n}", down + inp)
         return note(f"l_out-{n}", down + (fnorm if self.has("residual_after_norm") else x))
 
     def attend(self, x, q, k, v, n, first, normed):
@@ -227,10 +234,15 @@ class _Run:
         for i in range(t):
             slot = 0 if self.has("cache_slot_stuck") else first + i + self.has("cache_off_by_one")
             self.keys[n, slot], self.values[n, slot] = k[i], v[i]
-        seen = first + t
+        seen = self.n if self.has("cache_stale") else first + t
         keys, values = self.keys[n, :seen], self.values[n, :seen]
         if self.has("cache_current_only"):
             keys, values = k[-1:], v[-1:]
+        if self.has("cache_stride_position"):
+            keys, values = (
+                np.lib.stride_tricks.as_strided(a.copy(), a.shape, a.strides[1:2] + a.strides[1:])
+                for a in (keys, values)
+            )
         if self.has("cache_stride"):
             keys, values = (a.reshape(e.n_kv, len(a), e.dim).transpose(1, 0, 2) for a in (keys, values))
         scores = np.zeros((t, e.n_head, len(keys)), F)
@@ -272,7 +284,7 @@ class _Run:
         masked = scores.copy()
         for i in range(t):
             hidden = first + i + (0 if self.has("mask_off_by_one") else 1)
-            if not self.has("no_mask") and s > 1:
+            if not self.has("no_mask") and not self.has("cache_stale") and s > 1:
                 masked[i, :, hidden:] = 0 if self.has("mask_with_zero") else -np.inf
         axis = 1 if self.has("softmax_over_heads") else 0 if self.has("softmax_over_queries") else 2
         powers = np.exp(masked - masked.max(axis=axis, keepdims=True))
@@ -310,6 +322,7 @@ DECODINGS = (
     "zero_point_missing",
     "scale_of_next_block",
     "scale_byte_order",
+    "block_off_by_one",
     "min_sign",
     "min_missing",
 )

@@ -28,6 +28,7 @@ BUGS: tuple[tuple[str, str, bool], ...] = (
     *((bug, "Q5_0", False) for bug in ("embedding_off_by_one", "embedding_scaled", "embedding_transposed")),
     *((bug, "Q5_0", False) for bug in ("nibble_order", "nibbles_swapped", "high_bits_misplaced", "high_bits_missing")),
     *((bug, "Q5_0", False) for bug in ("zero_point_missing", "scale_of_next_block", "scale_byte_order")),
+    ("block_off_by_one", "Q5_0", False),
     *((bug, "Q4_1", False) for bug in ("min_sign", "min_missing", "nibble_order", "scale_of_next_block")),
     *((bug, "F32", False) for bug in ("bias_missing", "bias_doubled", "bias_negative", "bias_of_other_layer:1")),
     ("bias_key_value_swapped", "F32", False),
@@ -38,7 +39,7 @@ BUGS: tuple[tuple[str, str, bool], ...] = (
     ),
     *((bug, "F32", False) for bug in ("rope_exponent", "rope_on_values")),
     *((bug, "F32", True) for bug in ("cache_current_only", "cache_slot_stuck", "cache_off_by_one", "rope_off")),
-    ("cache_stride", "F32", False),
+    *((bug, "F32", False) for bug in ("cache_stride", "cache_stride_position", "no_final_norm", "residual_from_input")),
     *((bug, "F32", False) for bug in ("head_modulo", "first_key_head", "no_mask", "mask_with_zero", "mask_off_by_one")),
     *((bug, "F32", False) for bug in ("no_scale", "scale_by_head_dim", "scale_by_width")),
     *((bug, "F32", False) for bug in ("softmax_over_heads", "softmax_over_queries", "no_output_projection")),
@@ -50,6 +51,8 @@ BUGS: tuple[tuple[str, str, bool], ...] = (
     *((bug, "F32", False) for bug in ("gelu_tanh", "gelu", "quick_gelu", "relu", "sigmoid", "silu_on_up")),
     *((bug, "F32", False) for bug in ("no_up", "no_activation")),
 )
+#: bugs of the foreign engine that are cases of one fault
+NAMED = {"cache_stride_position": "cache_stride", "no_final_norm": "norm_skipped"}
 HARMLESS = ("", "fp16_activations", "bf16_activations", "int8_activations")
 
 
@@ -71,7 +74,7 @@ class Bench:
     def diagnose(self, bugs: Sequence[str], *, decode: bool = False, steps: str = "") -> Diagnosis:
         arrays = self.engine.trace(IDS, bugs, decode=decode)
         known = {parse_name(name): array for name, array in arrays.items() if not steps or name.startswith(steps)}
-        return diagnose(self.graph, self.weights, IDS, known)
+        return diagnose(self.graph, self.weights, IDS, known, mode="decode" if decode else "prefill")
 
 
 def names(diagnosis: Diagnosis) -> list[set[str]]:
@@ -82,7 +85,8 @@ def names(diagnosis: Diagnosis) -> list[set[str]]:
 @pytest.mark.parametrize(("bug", "type_", "decode"), BUGS)
 def test_an_injected_bug_is_named_first_and_alone(models, bug, type_, decode):
     diagnosis = models[type_].diagnose([bug] if bug else [], decode=decode)
-    assert bug.partition(":")[0] in names(diagnosis)[0]
+    bug = bug.partition(":")[0]
+    assert NAMED.get(bug, bug) in names(diagnosis)[0]
     assert len(diagnosis.faults) == 1
     assert not diagnosis.unexplained
     assert diagnosis.first_divergence is not None
@@ -159,7 +163,27 @@ def test_every_fault_explains_itself():
 
 def test_every_fault_is_injected_by_some_test():
     tried = {bug.partition(":")[0] for bug, _, _ in BUGS} | set(HARMLESS)
-    assert set(FAULTS) - tried == {"fp16_scores", "residual_from_input"}
+    assert set(FAULTS) - tried == {"fp16_scores", "cache_stale"}  # in tests of their own
+
+
+def test_a_stale_cache_is_told_from_a_missing_mask_by_the_mode(models):
+    """What the last prompt left cannot be known, so that the mixed values stay unexplained."""
+    bench = models["F32"]
+    diagnosis = bench.diagnose(["cache_stale"], decode=True)
+    assert diagnosis.faults[0].name == "cache_stale"
+    assert [name for name, _ in diagnosis.faults[0].same_numbers_as] == ["no_mask"]
+    assert {name.partition("-")[0] for name in diagnosis.unexplained} == {"kqv"}
+
+
+def test_scores_that_overflow_in_fp16_are_named(tmp_path):
+    def enlarge(weights):
+        for name in weights:
+            if name.endswith(("attn_q.bias", "attn_k.bias")):
+                weights[name] = np.abs(weights[name]) * 60 + 100
+
+    bench = Bench(tiny_model(tmp_path / "loud.gguf", edit=enlarge))
+    diagnosis = bench.diagnose(["fp16_scores"])
+    assert names(diagnosis) == [{"fp16_scores"}]
 
 
 def test_the_pattern_tells_positions_and_heads():

@@ -1,4 +1,4 @@
-"""llama.cpp and transformers, as engines of other people, compute what ours does: every step, at once and one by one."""
+"""llama.cpp and transformers, engines of other people, compute what ours does: every step, at once and one by one."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class TestLlamaCpp:
         with reader.open(demo.MODEL) as gguf:
             engine = witness.load(name, gguf)
             monkeypatch.setattr(engine.ggml, "name", lambda pointer: pointer + 8)
-            with pytest.raises(Unsupported, match="not understood.*name"):
+            with pytest.raises(Unsupported, match=r"not understood.*name"):
                 engine.forward(IDS, engine.new_cache(32), tap=Watch(lambda *_: None))
 
     def test_a_file_that_it_refuses_is_said(self, name, tmp_path):

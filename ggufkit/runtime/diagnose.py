@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 
 from ggufkit.runtime.evaluate import Evaluation, Graph, Place
 from ggufkit.runtime.faults import FAULTS, Variant
+from ggufkit.runtime.faults.apart import told_apart
 from ggufkit.runtime.faults.products import PRODUCTS
 from ggufkit.runtime.reference import REFERENCE, StepFunction
 from ggufkit.runtime.weights import Weights
 from ggufkit.steps import Array, full_name
+from ggufkit.trace import Mode
 
 #: relative errors up to this are the order of additions, in any precision of 24 bits
 EXACT = 2e-4
@@ -66,6 +68,7 @@ class Explanation:
         error: the same without it.
         places: the steps that it explains, as full names in order.
         same_numbers_as: bugs that give the same numbers in this trace.
+        tell_apart: for each of those what would tell it from this one, in a sentence.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Explanation:
     error: float
     places: tuple[str, ...]
     same_numbers_as: tuple[tuple[str, str], ...] = ()
+    tell_apart: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +131,7 @@ def diagnose(
     ids: Sequence[int],
     known: Mapping[Place, Array],
     parts: Mapping[Place, Part] | None = None,
+    mode: Mode = "prefill",
 ) -> Diagnosis:
     """Explain a foreign trace of one prompt.
 
@@ -135,11 +140,12 @@ def diagnose(
         known: steps of which all positions of `ids` are given, float [T, …] with the contract's shapes.
         parts: steps of which only some numbers are given. What they leave open is taken to be as the reference,
             or the fault that explains them, has it.
+        mode: how the engine ran; of faults with the same numbers, those that do harm in it come first.
 
     Returns:
         The diagnosis; `faults` is empty for a healthy engine.
     """
-    return _Walk(graph, weights, ids, known, parts or {}).run()
+    return _Walk(graph, weights, ids, known, parts or {}, mode).run()
 
 
 def relative_error(found: Array, expected: Array) -> NDArray[np.float64]:
@@ -172,7 +178,9 @@ class _Walk:
         ids: Sequence[int],
         known: Mapping[Place, Array],
         parts: Mapping[Place, Part],
+        mode: Mode,
     ) -> None:
+        self.mode = mode
         self.graph, self.weights, self.ids = graph, weights, ids
         self.places = sorted({*known, *parts}, key=graph.order.__getitem__)
         self.known = {place: _whole_rows(place, array, len(ids)) for place, array in known.items()}
@@ -340,12 +348,13 @@ class _Walk:
         place = sightings[0].place
         residual = next(r for r, v in sightings[0].fits if _key(v) == _key(variant))
         mine = self._pair(place, self._predicted(place, variant))[1]
-        same = tuple(
-            (v.fault.name, v.label)
+        same = [
+            v
             for _, v in sightings[0].fits
             if _key(v) in rivals and relative_error(self._pair(place, self._predicted(place, v))[1], mine).max() < SAME
-        )
-        known_fault = variant.fault
+        ]
+        variant, *same = sorted([variant, *same], key=lambda v: self.mode not in v.fault.seen_in)
+        known_fault, shown = variant.fault, {step for step, _ in self.places}
         return Explanation(
             known_fault.name,
             variant.label,
@@ -354,7 +363,8 @@ class _Walk:
             residual,
             sightings[0].error,
             tuple(full_name(*s.place) for s in sightings),
-            same,
+            tuple((v.fault.name, v.label) for v in same),
+            tuple(told_apart(known_fault, v.fault, self.mode, shown) for v in same),
         )
 
 

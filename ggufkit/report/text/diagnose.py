@@ -84,17 +84,10 @@ def _fault(fault: Explanation, number: int, of: int) -> list[RenderableType]:
     table = listing("since", "error", "with the bug", "explains", right=("error", "with the bug"), wide="explains")
     table.add_row(fault.places[0], f"{fault.error:.3g}", f"{fault.residual:.1e}", _places(fault.places))
     lines.append(Padding(table, (0, 0, 1, 2), expand=False))
-    if fault.same_numbers_as:
-        others = "; ".join(title for _, title in fault.same_numbers_as)
-        lines.append(Padding(Text.assemble(("Gives the same numbers here: ", "warning"), others), (0, 0, 0, 2)))
-        lines.append(Padding(Text(_TELL_APART, "note"), (0, 0, 1, 2)))
+    for (_, title), how in zip(fault.same_numbers_as, fault.tell_apart, strict=True):
+        lines.append(Padding(Text.assemble(("Gives the same numbers here: ", "warning"), title), (0, 0, 0, 2)))
+        lines.append(Padding(Text(f"To tell them apart, {how}.", "note"), (0, 0, 1, 4)))
     return lines
-
-
-_TELL_APART = (
-    "A trace in the other mode (a prompt at once, or token by token through the cache), or one with more steps, may "
-    "tell them apart."
-)
 
 
 def _places(places: Sequence[str]) -> str:

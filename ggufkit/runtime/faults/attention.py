@@ -17,13 +17,13 @@ def _future(s: State) -> Array:
     return future
 
 
-@fault("the causal mask is missing", "attention", ("kq_soft_max",))
+@fault("the causal mask is missing", "attention", ("kq_soft_max",), seen_in=("prefill",))
 def no_mask(s: State, step: str) -> Array:
     """Every position sees the whole prompt, the future included. One token at a time is not affected."""
     return ref.softmax(s["kq"])
 
 
-@fault("future scores are set to 0 instead of minus infinity", "attention", ("kq_soft_max",))
+@fault("future scores are set to 0 instead of minus infinity", "attention", ("kq_soft_max",), seen_in=("prefill",))
 def mask_with_zero(s: State, step: str) -> Array:
     """A masked score must be minus infinity before the softmax. This engine writes 0 there, and the future keeps a
     share of the attention."""

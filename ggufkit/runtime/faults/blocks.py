@@ -137,6 +137,17 @@ def scale_of_next_block(s: State, step: str) -> Array:
     return _decoded(s, step, change)
 
 
+@fault("each block is the one after the right one", "weights", PRODUCTS)
+def block_off_by_one(s: State, step: str) -> Array:
+    """Scale and codes belong together, but to the block after the right one. Look for an index that is advanced before
+    the block is read, or for a tensor's data that is taken to begin too late."""
+    tensor, _ = s.weights.packed(weight_name(s, step))
+    if tensor.type is None or not tensor.type.is_block:
+        return product(s, step)
+    weight = s.weights[weight_name(s, step)]
+    return product(s, step, np.roll(weight.reshape(-1), -tensor.type.block_size).reshape(weight.shape))
+
+
 @fault("block scales are read in the wrong byte order", "weights", PRODUCTS)
 def scale_byte_order(s: State, step: str) -> Array:
     """The two bytes of a block's f16 scale are exchanged. Look for big-endian reads, or for a struct that is read one

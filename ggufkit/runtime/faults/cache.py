@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from ggufkit.runtime import reference as ref
 from ggufkit.runtime.faults.registry import fault
 from ggufkit.runtime.reference import State
 from ggufkit.steps import Array
+
+#: wrong strides of (a position, a head) in rows of D numbers, from the numbers of positions and heads
+_STRIDES: dict[str, Callable[[int, int], tuple[int, int]]] = {
+    "read head by head, [K, S, D]": lambda n_keys, _: (1, n_keys),
+    "a position is D numbers further, not K * D": lambda *_: (1, 1),
+}
 
 
 def scores(s: State, keys: Array) -> Array:
@@ -41,7 +49,7 @@ def _own_score_in_slot_0(s: State) -> Array:
     return np.where(np.arange(len(s["keys"])) == 0, own, own.dtype.type(0))
 
 
-@fault("each token attends to itself alone", "cache", ("kq", "kq_soft_max", "kqv"))
+@fault("each token attends to itself alone", "cache", ("kq", "kq_soft_max", "kqv"), seen_in=("decode",))
 def cache_current_only(s: State, step: str) -> Array:
     """Attention runs over one key, the current token's. Look for a cache whose length is not advanced, or for a
     decoding step that passes the new keys and values instead of the whole cache."""
@@ -53,13 +61,21 @@ def cache_current_only(s: State, step: str) -> Array:
     return _own(s, step).reshape(len(s.positions), -1)
 
 
-@fault("the cache position never moves: every token overwrites slot 0", "cache", ("kq", "kqv"))
+@fault("the cache position never moves: every token overwrites slot 0", "cache", ("kq", "kqv"), seen_in=("decode",))
 def cache_slot_stuck(s: State, step: str) -> Array:
     """Every key and value is written to slot 0, while attention runs over the whole length, the rest of which was
     never written. Look at the offset that is passed to the copy into the cache."""
     if step == "kq":
         return _own_score_in_slot_0(s)
     return (s["kq_soft_max"][:, :, :1] * _own(s, step)).reshape(len(s.positions), -1)
+
+
+@fault("slots that the last prompt left behind are attended to", "cache", ("kq_soft_max",), seen_in=("decode",))
+def cache_stale(s: State, step: str) -> Array:
+    """The softmax runs over more slots than this prompt has filled so far; they hold keys and values of an earlier run.
+    Look for a length that is not reset with a new prompt, or for a preallocated cache that is attended to as a
+    whole."""
+    return ref.softmax(s["kq"])
 
 
 @fault("keys and values are written one slot too far", "cache", ("kq", "kqv"))
@@ -70,12 +86,15 @@ def cache_off_by_one(s: State, step: str) -> Array:
     return _attend(s, step, ref.share(shifted, s.config.n_head))
 
 
-@fault("the cache is read with the strides of another layout", "cache", ("kq", "kqv"))
-def cache_stride(s: State, step: str) -> Array:
-    """Keys and values are written position by position, [S, K, D], and read head by head, [K, S, D]."""
-    n_keys, n_head_kv, head_dim = cached(s, step).shape
-    misread = np.ascontiguousarray(cached(s, step)).reshape(n_head_kv, n_keys, head_dim).transpose(1, 0, 2)
-    return _attend(s, step, ref.share(misread, s.config.n_head))
+@fault("the cache is read with the wrong strides ({})", "cache", ("kq", "kqv"), values=lambda _: tuple(_STRIDES))
+def cache_stride(s: State, step: str, value: str) -> Array:
+    """Keys and values are written position by position, [S, K, D], so that a position is K * D numbers further and a
+    head D. This engine reads them with the strides of another layout."""
+    n_keys, n_head_kv, _ = cached(s, step).shape
+    position, head = _STRIDES[value](n_keys, n_head_kv)
+    rows = cached(s, step).reshape(n_keys * n_head_kv, -1)
+    places = np.arange(n_keys)[:, None] * position + np.arange(n_head_kv) * head
+    return _attend(s, step, ref.share(rows[places % len(rows)], s.config.n_head))
 
 
 @fault("query heads are given to key heads round robin", "attention", ("kq", "kqv"))

@@ -43,7 +43,7 @@ def rope_off(s: State, step: str) -> Array:
     return _unrotated(s, step)
 
 
-@fault("the position is always 0", "positions", _ROPE)
+@fault("the position is always 0", "positions", _ROPE, seen_in=("decode",))
 def position_stuck(s: State, step: str) -> Array:
     """Every token is rotated by position 0, which leaves it as it was. Look for a position counter that is passed by
     value, is never advanced in the decoding loop, or restarts with every call."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from ggufkit.arch import Config
 from ggufkit.runtime.reference import StepFunction
 from ggufkit.steps import Array
+from ggufkit.trace import Mode
+
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 FaultFunction = Callable[..., Array]
 Values = Callable[[Config], Iterable[Any]]
@@ -27,6 +30,8 @@ class Fault:
         steps: the steps whose numbers it changes.
         values: the sizes it comes in, from the hyperparameters; None when there is only one.
         harmless: healthy engines do it.
+        seen_in: the modes in which it does harm: a mask that is missing none to one token at a time, a counter that is
+            stuck in the decoding loop none to a prompt computed at once.
     """
 
     name: str
@@ -37,6 +42,7 @@ class Fault:
     function: FaultFunction
     values: Values | None = None
     harmless: bool = False
+    seen_in: tuple[Mode, ...] = MODES
 
     def variants(self, config: Config) -> list[Variant]:
         """The fault in every size it comes in for this model."""
@@ -72,14 +78,20 @@ FAULTS: dict[str, Fault] = {}
 
 
 def fault(
-    title: str, family: str, steps: Iterable[str], *, values: Values | None = None, harmless: bool = False
+    title: str,
+    family: str,
+    steps: Iterable[str],
+    *,
+    values: Values | None = None,
+    harmless: bool = False,
+    seen_in: tuple[Mode, ...] = MODES,
 ) -> Callable[[FaultFunction], FaultFunction]:
     """Register a function as a known bug; its name and docstring become the fault's."""
 
     def register(function: FaultFunction) -> FaultFunction:
         name = function.__name__
         explanation = " ".join((function.__doc__ or "").split())
-        FAULTS[name] = Fault(name, title, explanation, family, tuple(steps), function, values, harmless)
+        FAULTS[name] = Fault(name, title, explanation, family, tuple(steps), function, values, harmless, seen_in)
         return function
 
     return register
