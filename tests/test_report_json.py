@@ -48,6 +48,7 @@ GOLDEN = {
         "of_rules": 4,
         "skipped": [{"what": "tensor b", "why": "its type 99 is newer than this tool"}],
     },
+    "known": 0,
     "facts": {"architecture": "qwen2", "types": {"F32": 2}},
     "probes": {"nats": "NaN"},
     "findings": [
