@@ -10,15 +10,16 @@ import pytest
 
 from ggufkit import plot, reader
 from ggufkit.errors import NewerThanTool, UsageError
+from ggufkit.plot import bars, histogram
 from ggufkit.report.text import plot as text
 from ggufkit.report.text.style import console
 
 
-def counted(values: np.ndarray, folder: Path) -> plot.Histogram:
+def counted(values: np.ndarray, folder: Path) -> histogram.Histogram:
     file = builder.File()
     file.tensor("blk.0.attn_k.bias", values)
     with reader.open(file.write(folder / "one.gguf")) as gguf:
-        return plot.histogram(gguf, gguf.tensors["blk.0.attn_k.bias"])
+        return histogram.histogram(gguf, gguf.tensors["blk.0.attn_k.bias"])
 
 
 def normal(n: int = 20_000, seed: int = 0) -> np.ndarray:
@@ -92,7 +93,7 @@ def test_odd_tensors_are_counted_and_drawn(tmp_path: Path, values: np.ndarray) -
     one = counted(values, tmp_path)
     assert one.counts.sum() + one.n_nan + one.n_inf + one.n_below + one.n_above == values.size
     assert (np.diff(one.edges) > 0).all()
-    plot.save([one], tmp_path / "one.png", "title")
+    plot.save(bars.draw([one], "title"), tmp_path / "one.png")
     text.histograms(console(open(tmp_path / "out.txt", "w")), [one])  # noqa: SIM115, PTH123
 
 
@@ -100,7 +101,7 @@ def test_pieces_are_counted_like_the_whole(tmp_path: Path, monkeypatch: pytest.M
     values = normal(1000).reshape(10, 100)
     values[9, 99] = 500
     whole = counted(values, tmp_path)
-    monkeypatch.setattr(plot, "_CHUNK", 96)
+    monkeypatch.setattr(histogram, "_CHUNK", 96)
     pieces = counted(values, tmp_path)
     assert (pieces.counts == whole.counts).all()
     assert pieces.outliers == whole.outliers
@@ -111,7 +112,7 @@ def test_quantized_tensors(tmp_path: Path) -> None:
     blocks = b"".join(np.float16(1).tobytes() + np.arange(-16, 16, dtype="i1").tobytes() for _ in range(4))
     file.tensor("w", blocks, shape=(4, 32), type="Q8_0")
     with reader.open(file.write(tmp_path / "q.gguf")) as gguf:
-        one = plot.histogram(gguf, gguf.tensors["w"])
+        one = histogram.histogram(gguf, gguf.tensors["w"])
     assert (one.minimum, one.maximum, one.n) == (-16, 15, 128)
 
 
@@ -119,7 +120,7 @@ def test_a_type_that_is_not_known_says_so(tmp_path: Path) -> None:
     file = builder.File()
     file.tensor("w", bytes(64), shape=(2, 32), type=77)
     with reader.open(file.write(tmp_path / "new.gguf")) as gguf, pytest.raises(NewerThanTool, match="77"):
-        plot.histogram(gguf, gguf.tensors["w"])
+        histogram.histogram(gguf, gguf.tensors["w"])
 
 
 class TestMatching:
@@ -133,11 +134,11 @@ class TestMatching:
     )
     def test_globs(self, tmp_path: Path, globs: list[str], expected: list[str]) -> None:
         with reader.open(builder.model().write(tmp_path / "m.gguf")) as gguf:
-            assert [tensor.name for tensor in plot.matching(gguf, globs)] == expected
+            assert [tensor.name for tensor in histogram.matching(gguf, globs)] == expected
 
     def test_without_any_the_first_layer_and_what_is_outside(self, tmp_path: Path) -> None:
         with reader.open(builder.model().write(tmp_path / "m.gguf")) as gguf:
-            names = {tensor.name for tensor in plot.matching(gguf, [])}
+            names = {tensor.name for tensor in histogram.matching(gguf, [])}
         assert {"token_embd.weight", "blk.0.attn_q.bias"} <= names
         assert not any(name.startswith("blk.1.") for name in names)
 
@@ -147,14 +148,14 @@ class TestMatching:
             reader.open(builder.model().write(tmp_path / "m.gguf")) as gguf,
             pytest.raises(UsageError, match="no tensor matches"),
         ):
-            plot.matching(gguf, [glob])
+            histogram.matching(gguf, [glob])
 
     def test_too_many_are_an_error(self, tmp_path: Path) -> None:
         with (
             reader.open(builder.model(n_layer=6).write(tmp_path / "m.gguf")) as gguf,
             pytest.raises(UsageError, match="fit into one picture"),
         ):
-            plot.matching(gguf, ["*"])
+            histogram.matching(gguf, ["*"])
 
 
 class TestPictures:
@@ -163,18 +164,18 @@ class TestPictures:
     )
     def test_the_ending_decides(self, tmp_path: Path, suffix: str, magic: bytes) -> None:
         target = tmp_path / f"p{suffix}"
-        plot.save([counted(normal(100), tmp_path)], target, "title")
+        plot.save(bars.draw([counted(normal(100), tmp_path)], "title"), target)
         assert target.read_bytes().startswith(magic)
 
     @pytest.mark.parametrize("name", ["p.jpg", "p", "p.png.txt"])
     def test_other_endings_are_refused(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(UsageError, match=r"ending|ends"):
-            plot.save([], tmp_path / name, "title")
+            plot.check_format(tmp_path / name)
 
     def test_the_same_numbers_give_the_same_picture(self, tmp_path: Path) -> None:
         one = counted(normal(100), tmp_path)
         for name in ("a.pdf", "b.pdf"):
-            plot.save([one], tmp_path / name, "title")
+            plot.save(bars.draw([one], "title"), tmp_path / name)
         assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()
 
     def test_hostile_names_are_text(self, tmp_path: Path) -> None:
@@ -182,25 +183,25 @@ class TestPictures:
         file.tensor("$\\frac{\x1b[31m$ <script>", normal(64))
         with reader.open(file.write(tmp_path / "m.gguf")) as gguf:
             (tensor,) = gguf.tensors.values()
-            one = plot.histogram(gguf, tensor)
-        plot.save([one, one], tmp_path / "p.svg", "$\\x$")
+            one = histogram.histogram(gguf, tensor)
+        plot.save(bars.draw([one, one], "$\\x$"), tmp_path / "p.svg")
         assert "<script>" not in (tmp_path / "p.svg").read_text()
 
     def test_the_furthest_values_are_written_out(self, tmp_path: Path) -> None:
         values = normal(256)
         values[31] = -211
-        figure = plot.draw([counted(values, tmp_path)], "title")
+        figure = bars.draw([counted(values, tmp_path)], "title")
         written = [text.get_text() for text in figure.axes[0].texts]
         assert any("-211 [31]" in label for label in written)
 
     def test_small_multiples(self, tmp_path: Path) -> None:
         one = counted(normal(64), tmp_path)
-        figure = plot.draw([one] * 5, "title")
+        figure = bars.draw([one] * 5, "title")
         assert sum(panel.axison for panel in figure.axes) == 5
 
 
 class TestTerminal:
-    def rendered(self, drawn: list[plot.Histogram], folder: Path, width: int) -> str:
+    def rendered(self, drawn: list[histogram.Histogram], folder: Path, width: int) -> str:
         with (folder / "out.txt").open("w+", encoding="utf-8") as file:
             target = console(file)
             target.width = width

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ggufkit import __version__
-from ggufkit.cli import look, machine, prove, speak, verdict
+from ggufkit.cli import draw, look, machine, prove, speak, verdict
 
 app = typer.Typer(
     name="ggufkit",
@@ -38,7 +38,7 @@ def _options(
     """Is it the GGUF file, the tokenizer and template, or my engine? Answered with evidence."""
 
 
-for group in (look, verdict, speak, prove, machine):
+for group in (look, draw, verdict, speak, prove, machine):
     group.register(app)
 
 

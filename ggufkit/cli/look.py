@@ -1,23 +1,22 @@
-"""Commands that look at a file without judging it: inspect, tokenize, plot."""
+"""Commands that look at a file without judging it: inspect and tokenize."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ggufkit.cli.common import Json, Source, command, print_line, progress, read_prompt, read_text, stdout, writing
+from ggufkit.cli.common import Json, Source, command, print_line, read_prompt, read_text, stdout
 from ggufkit.errors import UsageError
 
 if TYPE_CHECKING:
     from ggufkit.container import GGUF
-    from ggufkit.plot import Histogram
 
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    for function in (inspect, tokenize, plot):
+    for function in (inspect, tokenize):
         app.command()(function)
 
 
@@ -74,53 +73,6 @@ def tokenize(
         from ggufkit.report.text import tokenize as table
 
         table.tokens(stdout(), rows, kind=f"{tokenizer.vocabulary.model}, {tokenizer.vocabulary.pre}")
-
-
-@command
-def plot(
-    source: Source,
-    globs: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[TENSOR-GLOB]...", help="Which tensors, for instance 'blk.*.attn_k.bias'."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="A .png, .svg or .pdf file.")
-    ] = None,
-    kind: Annotated[Literal["histogram"], typer.Option(help="What to draw.")] = "histogram",
-    terminal: Annotated[bool, typer.Option("--terminal", help="Draw on the terminal.")] = False,
-) -> None:
-    """Draw the values of tensors: counts, robust bounds, outliers."""
-    from ggufkit import plot as pictures
-    from ggufkit import reader
-
-    with reader.open(source) as gguf:
-        target = output or Path(f"{gguf.path.stem}-{kind}.png")
-        if not terminal:
-            pictures.check_format(target)
-        drawn = _histograms(gguf, globs or [])
-    if terminal:
-        from ggufkit.report.text import plot as text
-
-        text.histograms(stdout(), drawn)
-        return
-    with writing(target):
-        pictures.save(drawn, target, title=gguf.path.name)
-    print_line(str(target))
-
-
-def _histograms(gguf: GGUF, globs: list[str]) -> list[Histogram]:
-    from ggufkit import plot as pictures
-
-    tensors = pictures.matching(gguf, globs)
-    with progress("reading tensors", 2 * sum(tensor.n_elements for tensor in tensors)) as advance:
-        done = 0
-
-        def count(elements: int) -> None:
-            nonlocal done
-            done += elements
-            advance(done)
-
-        return [pictures.histogram(gguf, tensor, count) for tensor in tensors]
 
 
 def _print_overview(gguf: GGUF, tensors: bool, metadata: bool, tokenizer: bool) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from ggufkit.plot import Histogram
+from ggufkit.plot.histogram import Histogram
 from ggufkit.report.escape import shown
 from ggufkit.report.text.style import count_text, listing, number_text, shape_text, show
 
