@@ -11,9 +11,9 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ggufkit.cli.common import Json, Output, command, note, print_line, progress, stdout, write_text, writing
+from ggufkit.cli.common import Device, Json, Output, command, note, print_line, progress, stdout, write_text, writing
 from ggufkit.errors import UsageError
-from ggufkit.findings import Report, Severity, Skipped
+from ggufkit.findings import Report, Severity
 
 if TYPE_CHECKING:
     from ggufkit.checks import Profile, Rule
@@ -49,7 +49,13 @@ def validate(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="GGUF files, or directories of them.")],
     select: Codes = None,
     ignore: Codes = None,
-    run: Annotated[bool | None, typer.Option("--run/--no-run", help="Also run the model.")] = None,
+    run: Annotated[
+        bool | None, typer.Option("--run/--no-run", help="Also run the model; by default where that is quick.")
+    ] = None,
+    device: Device = "auto",
+    ablate: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Also run it without these tensors (blk.*.attn_*.bias).")
+    ] = None,
     reference: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Another file of the same model, known to be good.")
     ] = None,
@@ -84,6 +90,8 @@ def validate(
         raise UsageError(f"{len(paths)} files do not fit into one document", help="use --format jsonl")
     if write_manifest is not None and len(paths) > 1:
         raise UsageError(f"{len(paths)} files do not fit into one manifest")
+    if ablate and run is False:
+        raise UsageError("--ablate runs the model, which --no-run forbids")
     settings = settled.find(Path.cwd())
     asked = _Asked(
         _codes(select) or list(settings.select),
@@ -92,8 +100,11 @@ def validate(
         jobs,
         reference,
         manifest,
+        run,
+        device,
+        ablate or [],
     )
-    results = [_with_run(_check(path, asked), run) for path in paths]
+    results = [_check(path, asked) for path in paths]
     _remember(results, write_manifest, write_baseline)
     if baseline is not None:
         known = baselines.load(baseline)
@@ -159,12 +170,16 @@ class _Asked:
     jobs: int | None
     reference: str | None
     manifest: Path | None
+    run: bool | None
+    device: str
+    ablate: list[str]
 
 
 def _check(path: str, asked: _Asked) -> Report:
     from ggufkit import checks
 
-    with progress(f"reading {Path(path).name}") as advance:
+    reading = 1.0 if asked.run is False else 0.5
+    with progress(f"checking {Path(path).name}", 1.0) as advance:
         return checks.run(
             path,
             select=asked.select,
@@ -173,18 +188,12 @@ def _check(path: str, asked: _Asked) -> Report:
             jobs=asked.jobs,
             reference=asked.reference,
             manifest=asked.manifest,
-            progress=lambda done, total: advance(done / max(total, 1)),
+            progress=lambda done, total: advance(reading * done / max(total, 1)),
+            run=asked.run,
+            device=asked.device,
+            ablate=asked.ablate,
+            running=lambda share: advance(reading + (1 - reading) * share),
         )
-
-
-def _with_run(result: Report, run: bool | None) -> Report:
-    """Say in the report that the model was not run, unless nobody expects it."""
-    from dataclasses import replace
-
-    if run is False or result.not_gguf:
-        return result
-    skip = Skipped("running the model", "`validate` only reads it here; `ggufkit run` runs it", asked=run is True)
-    return replace(result, skipped=(*result.skipped, skip))
 
 
 def _remember(results: list[Report], manifest: Path | None, baseline: Path | None) -> None:

@@ -39,6 +39,7 @@ def report(console: Console, result: Report) -> None:
         lines += _group(severity, [finding for finding in result.findings if finding.severity is severity])
     if result.known:
         lines += [Text(f"{plural(result.known, 'known finding')} of the baseline not shown", "note"), Text()]
+    lines += _probes(result)
     lines += _skipped(result)
     show(console, *lines, Text(checked_line(result)))
 
@@ -104,6 +105,15 @@ def _remarks(finding: Finding) -> list[str]:
         f"{finding.confidence} confidence" if finding.confidence != "high" else None,
     )
     return [shown(part) for part in parts if part]
+
+
+def _probes(result: Report) -> list[RenderableType]:
+    """What running the model showed, a line a number."""
+    if not result.probes:
+        return []
+    lines: list[RenderableType] = [Text("The model running", "label")]
+    lines += [_indented(Text(shown(probe["text"], limit=_LONGEST)), 2) for probe in result.probes.values()]
+    return [*lines, Text()]
 
 
 def _skipped(result: Report) -> list[RenderableType]:
