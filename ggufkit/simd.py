@@ -209,6 +209,20 @@ def signs32(typingctx: Any, raw: Any, at: Any, codes: Any, to: Any) -> Any:
     return types.void(raw, types.intp, codes, types.intp), codegen
 
 
+@intrinsic
+def affine16(typingctx: Any, codes: Any, at: Any, scale: Any, minimum: Any, values: Any) -> Any:
+    """affine16(codes, at, scale, min, values): values[at + i] = scale · codes[at + i] + min, sixteen of them."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        codes_, at_, scale_, minimum_, values_ = args
+        floats = ir.VectorType(F32, 16)
+        q = b.sitofp(_load(b, codes_, at_, ir.VectorType(I8, 16)), floats)
+        _store(b, b.fadd(b.fmul(q, _splat(b, scale_, 16)), _splat(b, minimum_, 16)), values_, at_)
+        return context.get_dummy_value()
+
+    return types.void(codes, types.intp, types.float32, types.float32, values), codegen
+
+
 def _widener(lanes: int, widen: Any) -> Any:
     @intrinsic
     def widener(typingctx: Any, raw: Any, at: Any, values: Any, to: Any) -> Any:

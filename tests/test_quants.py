@@ -121,7 +121,7 @@ class TestDequantize:
         assert quants.dequantize(BY_NAME["Q4_0"], raw.reshape(2, 3, -1)).shape == (2, 3, 256)
         assert quants.dequantize(BY_NAME["Q4_0"], raw[:0]).shape == (0, 256)
 
-    @pytest.mark.parametrize("name", ["Q5_1", "Q6_K"])
+    @pytest.mark.parametrize("name", ["Q5_1", "Q6_K", "Q1_0"])
     def test_large_arrays_are_no_different(self, name: str, monkeypatch: pytest.MonkeyPatch):
         raw = random_rows(BY_NAME[name])
         wanted = quants.dequantize(BY_NAME[name], raw)

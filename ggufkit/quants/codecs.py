@@ -55,8 +55,8 @@ NUMBERS = {
     "I64": "<i8",
 }
 
-#: elements that are taken apart at once, so that the intermediate arrays stay in the cache
-_TILE = 1 << 18
+#: blocks that are taken apart at once, so that the intermediate arrays stay in the cache
+_TILE = 4096
 
 #: bytes from which on the compiled kernels are worth their loading
 LARGE = 4 << 20
@@ -95,16 +95,15 @@ def unpack(qtype: QuantType, raw: U8, byteorder: str = "little") -> Unpacked:
 
 def _dequantize_blocks(qtype: QuantType, raw: U8, out: F32) -> None:
     """uint8 [n · type_size] -> float32 [n · block_size], a tile at a time."""
-    take_apart = unpack
     if raw.nbytes >= LARGE:
         from ggufkit.quants import compiled
 
-        take_apart = compiled.unpack
+        compiled.dequantize(qtype, raw, out.reshape(-1))
+        return
     values = out.reshape(-1, qtype.block_size // qtype.group, qtype.group)
-    step = max(1, _TILE // qtype.block_size)
-    for start in range(0, len(values), step):
-        tile = values[start : start + step]
-        codes, scales, mins = take_apart(qtype, raw[start * qtype.type_size : (start + step) * qtype.type_size])
+    for start in range(0, len(values), _TILE):
+        tile = values[start : start + _TILE]
+        codes, scales, mins = unpack(qtype, raw[start * qtype.type_size : (start + _TILE) * qtype.type_size])
         np.multiply(codes.reshape(tile.shape), scales.reshape(len(tile), -1, 1), out=tile)
         if mins is not None:
             tile += mins.reshape(len(tile), -1, 1)

@@ -18,6 +18,9 @@ from ggufkit.quants.iq import grid
 
 _MODULE, _ARGUMENTS = "ggufkit.quants.kernels", "PLPPPPPPPP"
 
+#: elements that are taken apart at once, so that the codes stay in the cache
+_TILE = 1 << 17
+
 
 @dataclass(slots=True)
 class Buffers:
@@ -80,3 +83,16 @@ def unpack(qtype: QuantType, raw: U8) -> Unpacked:
     lead = (*raw.shape[:-1], -1)
     mins = buffers.mins.reshape(lead) if qtype.has_min else None
     return Unpacked(buffers.codes.reshape(lead), buffers.scales.reshape(lead), mins)
+
+
+def dequantize(qtype: QuantType, raw: U8, out: F32) -> None:
+    """Little-endian blocks, uint8 [n · type_size] -> float32 [n · block_size], both C-contiguous."""
+    unpacker, affine = Unpacker(qtype), jit.kernel(_MODULE, "affine", "PPPLLLP")
+    step = max(1, _TILE // qtype.block_size)
+    buffers = Buffers.of(qtype, min(step, len(raw) // qtype.type_size))
+    inputs = [array.ctypes.data for array in (buffers.codes, buffers.scales, buffers.mins)]
+    for start in range(0, len(raw) // qtype.type_size, step):
+        tile = raw[start * qtype.type_size : (start + step) * qtype.type_size]
+        values = out[start * qtype.block_size : (start + step) * qtype.block_size]
+        unpacker(tile, buffers)
+        affine(*inputs, int(qtype.has_min), qtype.group, len(values) // qtype.group, values.ctypes.data)

@@ -18,6 +18,7 @@ import numpy as np
 from numba import njit, types
 
 from ggufkit.simd import (
+    affine16,
     fives32,
     from_bits,
     half,
@@ -43,6 +44,10 @@ _BYTES, _CODES, _FLOATS = types.CPointer(types.uint8), types.CPointer(types.int8
 SIGNATURE = types.void(
     _BYTES, types.int64, _CODES, _FLOATS, _FLOATS, _FLOATS, _FLOATS, _BYTES, types.CPointer(types.uint64), _CODES
 )
+
+SIGNATURES = {
+    "affine": types.void(_CODES, _FLOATS, _FLOATS, types.int64, types.int64, types.int64, _FLOATS),
+}
 
 
 @inline
@@ -485,3 +490,14 @@ def iq1_m(raw, n, codes, scales, mins, d, dmin, flags, keys, table):
         for part in range(32):
             nibble = raw[at + 32 + part // 2] >> (4 * (part % 2)) & 15
             one_bit(table, raw[at + part] | (nibble & 7) << 8, nibble >> 3, codes, to + 8 * part)
+
+
+# Values
+
+
+def affine(codes, scales, mins, has_min, group, n_groups, values):
+    """values = scale · code + min, for groups of a multiple of sixteen. Without mins -0 is added: no change at all."""
+    for g in range(n_groups):
+        scale, minimum = scales[g], mins[g] if has_min else f32(-0.0)
+        for at in range(g * group, (g + 1) * group, 16):
+            affine16(codes, at, scale, minimum, values)
