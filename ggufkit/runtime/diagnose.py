@@ -291,7 +291,9 @@ class _Walk:
             self.first = self._divergence(place)
         if fits and not explained:
             self._assume({**dict.fromkeys(self._steps(place), None), **fits[0][1].step_functions()})
-            self.in_force = [v for v in self.in_force if v.fault is not fits[0][1].fault] + [fits[0][1]]
+            alike = [variant for residual, variant in fits if residual - fits[0][0] < SAME]
+            replaced = {variant.fault.name for variant in alike}
+            self.in_force = [v for v in self.in_force if v.fault.name not in replaced] + alike
 
     def _divergence(self, place: Place) -> Divergence:
         found, expected = self._pair(place, self._evaluation(REFERENCE).value(place))
