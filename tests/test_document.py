@@ -75,7 +75,6 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "trace": ("trace", model, "--tokens", "1,2", "--summary", "--layers", 0),
         "compare": ("compare", one, two),
         "tokenize": ("tokenize", model, "snow"),
-        "bench": ("bench", model, "--pp", 8, "--tg", 2, "-r", 2),
         "doctor": ("doctor",),
         "error": ("inspect", folder / "missing.gguf"),
     }
