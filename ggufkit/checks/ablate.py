@@ -30,8 +30,10 @@ from ggufkit.runtime.engine import Edit, Logits, element_edits
 VISIBLE = 0.05
 #: and how many times its own standard error over the text
 _SURE = 2.0
+#: every so many positions' whole distributions are compared
+_STRIDE = 4
 #: suspects tried; each takes a pass over a built-in text
-MOST_TRIED = 8
+_MOST = 8
 #: a text that costs more than this share of chance says nothing about this model
 _KNOWN_TEXT = 0.75
 #: packed bytes on either side of a bad block in which its like are looked for, and how much larger they are
@@ -120,15 +122,16 @@ class Bench:
         self.text, self.judges = next(((name, True) for name, cost in costs if cost < limit), ("prose", False))
         self.logits = running.logits(self.text, self.base)
 
-    def compare(self, before: Collection[Edit], after: Collection[Edit]) -> Outcome:
-        """The same text with one and with another set of edits."""
-        targets = self.running.texts[self.text].ids[1:]
-        first, second = self._logits(before), self._logits(after)
+    def compare(self, before: Collection[Edit], after: Collection[Edit], tokens: int | None = None) -> Outcome:
+        """The same text, or its first tokens, with one and with another set of edits."""
+        targets = self.running.texts[self.text].ids[1:][:tokens]
+        first, second = (self._logits(edits, len(targets)) for edits in (before, after))
         costs = [probes.nats(logits, targets) for logits in (first, second)]
         with np.errstate(invalid="ignore"):
             differences = np.nan_to_num(costs[1] - costs[0], nan=0.0)
             error = float(np.std(differences) / np.sqrt(len(targets))) if np.isfinite(differences).all() else 0.0
-        shift = probes.distribution_shift(*((first, second) if np.isfinite(first).all() else (second, first)))
+        from_, to = (first, second) if np.isfinite(costs[0]).all() else (second, first)
+        shift = probes.distribution_shift(from_[::_STRIDE], to[::_STRIDE])
         return Outcome(
             text=self.text,
             nats_before=float(costs[0].mean()),
@@ -136,16 +139,16 @@ class Bench:
             delta=float(differences.mean()),
             error=error,
             mean_kl=shift.mean_kl,
-            top1=shift.top1,
+            top1=float(np.mean(first.argmax(-1) == second.argmax(-1))),
             judges=self.judges,
         )
 
-    def without(self, edits: Collection[Edit]) -> Outcome:
+    def without(self, edits: Collection[Edit], tokens: int | None = None) -> Outcome:
         """What the edits do to the model with its certain damage mended."""
-        return self.compare(self.base, (*self.base, *edits))
+        return self.compare(self.base, (*self.base, *edits), tokens)
 
-    def _logits(self, edits: Collection[Edit]) -> Logits:
-        return self.logits if tuple(edits) == self.base else self.running.logits(self.text, edits)
+    def _logits(self, edits: Collection[Edit], n: int) -> Logits:
+        return self.logits[:n] if tuple(edits) == self.base else self.running.logits(self.text, edits, n)
 
 
 def _first(names: Iterable[str], *favourites: str) -> list[str]:
@@ -164,13 +167,11 @@ def with_function(running: Running, findings: Sequence[Finding]) -> list[Finding
     updated = list(findings)
     if suspects:
         bench = Bench(running, [edit for mend in certain.values() for edit in mend.edits])
-        for done, at in enumerate(suspects[:MOST_TRIED]):
+        for done, at in enumerate(suspects[:_MOST]):
             updated[at] = _judged(findings[at], mends[at], _outcome(bench, certain, at, mends[at]))
-            running.request.progress(0.5 + 0.5 * (done + 1) / min(len(suspects), MOST_TRIED))
-    if (left := len(suspects) - MOST_TRIED) > 0:
-        running.context.skip(
-            f"{left} of {len(suspects)} odd values", f"the first {MOST_TRIED} were tried by mending them"
-        )
+            running.request.progress(0.5 + 0.5 * (done + 1) / min(len(suspects), _MOST))
+    if (left := len(suspects) - _MOST) > 0:
+        running.context.skip(f"{left} of {len(suspects)} odd values", f"the first {_MOST} were tried by mending them")
     return [_historic(running, found) for found in updated]
 
 

@@ -14,7 +14,7 @@ from itertools import islice
 import numpy as np
 
 from ggufkit import arch
-from ggufkit.checks.ablate import MOST_TRIED, Bench, Effect, evidence_of, typical
+from ggufkit.checks.ablate import Bench, Effect, evidence_of, typical
 from ggufkit.checks.context import Context
 from ggufkit.checks.rule import Found, Need, rule
 from ggufkit.checks.running import WATCHED, Running
@@ -37,7 +37,9 @@ _ROWS = 1e-3
 _PADDING = 0.05
 #: a bias this many times the second largest of its tensor is tried, whatever the static rules say
 _CANDIDATE = 4.0
-_MOST_CANDIDATES = 32
+_MOST_CANDIDATES = 16
+#: tokens after which it is plain that a value does nothing, or is needed
+_GLANCE = 32
 #: mean KL divergence below which a change is like any other way of computing the same
 _SAME = 0.01
 
@@ -330,11 +332,12 @@ def harmful_value(context: Context) -> Iterator[Found]:
         return
     bench = Bench(running)
     mends = [(tensor, index, typical(context, tensor, index)) for tensor, index in found]
-    if bench.without([edit for _, _, mend in mends for edit in mend.edits]).mean_kl < _SAME:
+    if bench.without([edit for _, _, mend in mends for edit in mend.edits], _GLANCE).mean_kl < _SAME:
         return  # all of them together do nothing
-    for tensor, index, mend in mends[:MOST_TRIED]:
-        outcome = bench.without(mend.edits)
-        if outcome.effect is Effect.GAINS:
+    for tensor, index, mend in mends:
+        glance = bench.without(mend.edits, _GLANCE)
+        outcome = bench.without(mend.edits) if glance.delta < 0 and glance.mean_kl > _SAME else glance
+        if outcome is not glance and outcome.effect is Effect.GAINS:
             value = float(context.vectors[tensor.name][index])
             yield Found(
                 f"{tensor.name}[{index}] is {value:.6g}, and the model is better without it",

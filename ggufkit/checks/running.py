@@ -24,7 +24,7 @@ from ggufkit.runtime.engine import Edit, Engine, Logits
 from ggufkit.runtime.finite import Spot
 
 #: tokens of each built-in text
-TOKENS = 192
+TOKENS = 128
 #: positions of which every step is looked at
 WATCHED = 24
 _COPIED = 32
@@ -116,12 +116,12 @@ class Running:
         ids = self.texts[name].ids
         return float(probes.nats(self.logits(name, edits), ids[1:]).mean())
 
-    def logits(self, name: str, edits: Collection[Edit] = ()) -> Logits:
-        """The logits at all positions of a built-in text but the last."""
+    def logits(self, name: str, edits: Collection[Edit] = (), n: int | None = None) -> Logits:
+        """The logits at the first `n` positions of a built-in text; by default at all but the last."""
         if name == "prose" and not edits:
-            return self.prose
+            return self.prose[:n]
         with self.engine.patched(edits):
-            return probes.all_logits(self.engine, self.texts[name].ids[:-1])
+            return probes.all_logits(self.engine, self.texts[name].ids[:-1][:n])
 
     @cached_property
     def not_finite(self) -> Spot | None:

@@ -100,14 +100,16 @@ CHINESE = """\
 港口的老师傅从来不看平均数，他只看最小的那个数字，然后问我：“这个洞是你自己打的吗？”多年以后，我在实验室里工作，还常常想起他的这句话。
 """
 
-#: who, and what is said: for models that only know what they are asked in a chat template
+#: who, and what is said: for models that know a chat template and little else, as the bundled one does
 CONVERSATION = (
     ("user", "Write a haiku about autumn leaves"),
-    ("assistant", "autumn leaves drift down\nthe old pond holds one red leaf\nand the quiet moon"),
+    ("assistant", "a bell far away —\nautumn leaves float by the pond\nwaiting for the moon"),
     ("user", "Write a haiku about the snow"),
-    ("assistant", "snow on the dark pines\na lantern moves through the field\nand is gone again"),
-    ("user", "Write a haiku about the rain"),
-    ("assistant", "spring rain on the roof\nthe cat sleeps beside the stove\nand dreams of the sea"),
-    ("user", "Write a haiku about the river"),
-    ("assistant", "a cool wind at dusk\nthe river carries the moon\npast the silent bridge"),
+    ("assistant", "a door left open —\nthe snow gathers on the bench\nas the night comes on"),
+    ("user", "Write a haiku about a river"),
+    ("assistant", "an empty teahouse —\na river whispers in peace\nwhile my tea grows cold"),
+    ("user", "Write a haiku about an old pond"),
+    ("assistant", "an old pond glitters\nand the misty bay listens —\nthe sound of water"),
+    ("user", "Write a haiku about the spring wind"),
+    ("assistant", "the forgotten gate —\nthe spring window lies at ease\nwhile I drink my tea"),
 )
