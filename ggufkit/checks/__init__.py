@@ -13,7 +13,19 @@ from itertools import islice
 
 from ggufkit import manifest as manifests
 from ggufkit import reader
-from ggufkit.checks import metadata, numeric, outliers, structure, template, tensors, tokens  # noqa: F401 - the families register their rules
+from ggufkit.checks import (  # noqa: F401 - the families register their rules
+    keys,
+    layout,
+    magnitudes,
+    metadata,
+    numeric,
+    outliers,
+    splits,
+    structure,
+    template,
+    tensors,
+    tokens,
+)
 from ggufkit.checks import reference as _reference  # noqa: F401 - likewise; `run` has a parameter of that name
 from ggufkit.checks import rule as registry
 from ggufkit.checks.context import Announce, Context, Progress, Scan

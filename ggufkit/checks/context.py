@@ -96,13 +96,14 @@ class Context:
         """Say in the report that something could not be judged."""
         self.skipped.append(Skipped(what, why, asked=asked, newer=newer))
 
-    def problems(self, *kinds: str) -> Iterator[Found]:
+    def problems(self, *kinds: str, help_: str | None = None) -> Iterator[Found]:
         """What the reader reported of these kinds."""
         for problem in self.gguf.problems:
             if problem.kind in kinds:
                 in_set = len(self.gguf.shards) > 1 and not problem.kind.startswith("shard-")
                 where = f"{self.gguf.shards[problem.shard].source.path.name}: " if in_set else ""
-                yield Found(where + problem.message, problem.tensor, problem.key, offset=problem.offset)
+                message = where + problem.message
+                yield Found(message, problem.tensor, problem.key, offset=problem.offset, help=help_)
 
     # -- metadata ---------------------------------------------------------------------------------------------
 

@@ -1,22 +1,17 @@
-"""Rules on the container: is every byte where the header says, and nothing else.
+"""Rules on the header: what opening a file can end with, and what the reader met and could go on from.
 
-The reader met most of these problems already and went on; here each gets its code, its severity and its advice.
-The layout of the data section, which the reader believes nothing about, is judged from the tensor table alone:
-each tensor must begin where the one before it, padded to the alignment, ends.
+The reader names each problem; here it gets a code, a severity in either profile, and advice. The files of a split
+set are in `splits`, the layout of the data in `layout`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
 
 from ggufkit import quants
 from ggufkit.checks.context import Context
-from ggufkit.checks.rule import Found, Need, rule
-from ggufkit.container import Shard, Tensor, ValueType
-from ggufkit.findings import Confidence, Evidence, Severity
-from ggufkit.source import SPLIT_NAME
+from ggufkit.checks.rule import Found, rule
+from ggufkit.findings import Severity
 
 ERROR, WARNING, INFO = Severity.ERROR, Severity.WARNING, Severity.INFO
 
@@ -24,7 +19,6 @@ _FETCH_AGAIN = "fetch the file again and compare its size or checksum with the p
 _CONVERT_AGAIN = "convert the model again with a current converter"
 #: numbers that a well-known fork of llama.cpp gives to types of its own
 _FORK_TYPES = range(97, 400)
-_CHUNK = 1 << 20
 
 
 # -- opening -----------------------------------------------------------------------------------------------------
@@ -91,7 +85,7 @@ def header_truncated(context: Context) -> Iterator[Found]:
 
     Fix. Fetch the file again.
     """
-    yield from _helped(context.problems("header-truncated", "header-too-long", "header-hopeless"), _FETCH_AGAIN)
+    yield from context.problems("header-truncated", "header-too-long", "header-hopeless", help_=_FETCH_AGAIN)
 
 
 @rule("S102", "count", ERROR)
@@ -107,7 +101,7 @@ def count(context: Context) -> Iterator[Found]:
 
     Fix. Fetch the file again; do not open it with old software.
     """
-    yield from _helped(context.problems("kv-count", "tensor-count"), _FETCH_AGAIN)
+    yield from context.problems("kv-count", "tensor-count", help_=_FETCH_AGAIN)
 
 
 @rule("S103", "key", ERROR)
@@ -122,7 +116,7 @@ def key(context: Context) -> Iterator[Found]:
 
     Fix. Convert the model again, or fetch it again.
     """
-    yield from _helped(context.problems("key-empty", "key-too-long", "key-not-utf8"), _FETCH_AGAIN)
+    yield from context.problems("key-empty", "key-too-long", "key-not-utf8", help_=_FETCH_AGAIN)
 
 
 @rule("S104", "key-duplicate", ERROR)
@@ -137,8 +131,7 @@ def key_duplicate(context: Context) -> Iterator[Found]:
 
     Fix. Write the metadata again with one of the two values.
     """
-    for found in context.problems("key-duplicate"):
-        yield _with_help(found, "rewrite the header with one of the two values")
+    yield from context.problems("key-duplicate", help_="rewrite the header with one of the two values")
 
 
 @rule("S105", "value-type", ERROR)
@@ -153,7 +146,7 @@ def value_type(context: Context) -> Iterator[Found]:
 
     Fix. Fetch the file again.
     """
-    yield from _helped(context.problems("value-type"), _FETCH_AGAIN)
+    yield from context.problems("value-type", help_=_FETCH_AGAIN)
 
 
 @rule("S106", "string-length", ERROR)
@@ -168,7 +161,7 @@ def string_length(context: Context) -> Iterator[Found]:
 
     Fix. Fetch the file again.
     """
-    yield from _helped(context.problems("string-too-long"), _FETCH_AGAIN)
+    yield from context.problems("string-too-long", help_=_FETCH_AGAIN)
 
 
 @rule("S107", "string-not-utf8", WARNING, spec=ERROR)
@@ -198,7 +191,7 @@ def array_length(context: Context) -> Iterator[Found]:
 
     Fix. Fetch the file again.
     """
-    yield from _helped(context.problems("array-too-long"), _FETCH_AGAIN)
+    yield from context.problems("array-too-long", help_=_FETCH_AGAIN)
 
 
 @rule("S109", "array-nested", ERROR, spec=INFO)
@@ -230,7 +223,7 @@ def bool_value(context: Context) -> Iterator[Found]:
 
     Fix. Fetch the file again.
     """
-    yield from _helped(context.problems("bool-value"), _FETCH_AGAIN)
+    yield from context.problems("bool-value", help_=_FETCH_AGAIN)
 
 
 @rule("S111", "alignment", ERROR)
@@ -246,7 +239,7 @@ def alignment(context: Context) -> Iterator[Found]:
 
     Fix. Convert the model again.
     """
-    yield from _helped(context.problems("alignment-type", "alignment-value"), _CONVERT_AGAIN)
+    yield from context.problems("alignment-type", "alignment-value", help_=_CONVERT_AGAIN)
     shard = context.gguf.shards[0]
     if shard.alignment % 8:
         severity = ERROR if context.profile == "spec" else WARNING
@@ -325,7 +318,7 @@ def type_removed(context: Context) -> Iterator[Found]:
 
     Fix. Quantize again (for the ARM types: plain Q4_0, which is repacked while loading).
     """
-    yield from _helped(context.problems("type-removed"), "quantize the model again with a current type")
+    yield from context.problems("type-removed", help_="quantize the model again with a current type")
 
 
 @rule("S116", "type-unknown", WARNING)
@@ -367,375 +360,3 @@ def big_endian(context: Context) -> Iterator[Found]:
     """
     if context.gguf.byteorder == "big":
         yield Found("the file is big-endian: llama.cpp loads it on big-endian machines only", offset=4)
-
-
-# -- the split set -----------------------------------------------------------------------------------------------
-
-
-@rule("S120", "split-missing", ERROR)
-def split_missing(context: Context) -> Iterator[Found]:
-    """A file of the split set is missing or cannot be read.
-
-    What. The name says how many parts there are; each is opened.
-
-    Why. Every other part may be perfectly valid by itself, and still most of the model is not there.
-
-    Case. The third of five downloads failed, unnoticed.
-
-    Fix. Fetch the missing part into the same folder, under its original name.
-    """
-    missing = "fetch this part into the same folder, under its original name"
-    yield from _helped(context.problems("shard-missing", "shard-unreadable"), missing)
-
-
-@rule("S121", "split-keys", ERROR)
-def split_keys(context: Context) -> Iterator[Found]:
-    """The parts of a split set contradict each other.
-
-    What. split.no counts 0, 1, 2 …; split.count and split.tensors.count are the same in every part and true.
-    llama.cpp looks at some of this in the first part only.
-
-    Why. A part of another set, or an old one, gives a model of two halves.
-
-    Case. A re-upload with another number of parts, downloaded over the old one.
-
-    Fix. Delete the set and fetch all parts again.
-    """
-    shards = context.gguf.shards
-    for shard in shards:
-        yield from _split_numbers(shard)
-    if SPLIT_NAME.fullmatch(shards[0].source.path.name):
-        yield from _split_total(context)
-    elif "split.count" in shards[0].fields:
-        yield from _lone_part(shards[0])
-
-
-def _lone_part(shard: Shard) -> Iterator[Found]:
-    """A file that stands alone, but says that it is one of several (a merged file says 0)."""
-    field = shard.fields["split.count"]
-    if not isinstance(field.scalar, int) or field.scalar <= 1:
-        return
-    part = shard.fields.get("split.no")
-    number = part.scalar + 1 if part and isinstance(part.scalar, int) else "?"
-    message = f"the file is part {number} of {field.scalar} of a split set, but its name does not say so"
-    help_ = "give all parts their names NAME-00001-of-0000N.gguf back, in one folder"
-    yield Found(message, key=field.key, offset=field.value_offset, value=field.scalar, help=help_)
-
-
-def _split_numbers(shard: Shard) -> Iterator[Found]:
-    match = SPLIT_NAME.fullmatch(shard.source.path.name)
-    if match is None:
-        return
-    for name, type_, expected in (
-        ("split.no", ValueType.UINT16, int(match["no"]) - 1),
-        ("split.count", ValueType.UINT16, int(match["count"])),
-    ):
-        field = shard.fields.get(name)
-        if field is not None and field.type is type_ and field.scalar == expected:
-            continue
-        shown = "missing" if field is None else f"{field.scalar} ({field.type_name})"
-        message = f"{name} of {shard.source.path.name} is {shown}; it must be {expected} ({type_.name.lower()})"
-        yield Found(message, key=name, offset=field.value_offset if field else None, value=field and field.scalar)
-
-
-def _split_total(context: Context) -> Iterator[Found]:
-    """The promised number of tensors, part by part, against those that are there."""
-    shards = context.gguf.shards
-    found = sum(len(shard.tensors) for shard in shards)
-    if any(problem.kind.startswith("shard-") for problem in context.gguf.problems):
-        return  # a part that is missing is a finding already
-    for shard in shards:
-        field = shard.fields.get("split.tensors.count")
-        if field is not None and field.scalar != found:
-            message = (
-                f"{shard.source.path.name} says that the set has {field.scalar} tensors; its {len(shards)} files "
-                f"hold {found}"
-            )
-            yield Found(message, key=field.key, offset=field.value_offset, value=field.scalar)
-
-
-# -- the layout of the data --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Extent:
-    """Where a tensor's bytes lie in its file."""
-
-    tensor: Tensor
-    start: int
-    end: int
-
-
-def _extents(shard: Shard) -> list[_Extent]:
-    """The tensors of a file whose size is known, by place; empty ones take none."""
-    extents = [_Extent(t, t.offset, t.offset + t.nbytes) for t in shard.tensors if t.nbytes]
-    return sorted(extents, key=lambda extent: extent.start)
-
-
-@rule("S201", "data-outside", ERROR, needs=[Need.TENSORS])
-def data_outside(context: Context) -> Iterator[Found]:
-    """Tensor data lies outside the file.
-
-    What. Data start plus offset plus size, in numbers that cannot wrap, against the file's size. When all that is
-    missing is at the end, the file was cut short, and one finding says by how much.
-
-    Why. Old loaders gave silent garbage; a tool that rewrites such a file copies foreign memory (CVE-2026-7482).
-
-    Case. An interrupted download: the commonest damage of all.
-
-    Fix. Fetch the file again, or let the download go on from where it stopped.
-    """
-    for shard in context.gguf.shards:
-        size = shard.source.size
-        outside = [extent for extent in _extents(shard) if extent.end > size]
-        if not outside:
-            continue
-        if _is_cut(shard, outside):
-            yield _cut(shard, outside)
-        else:
-            for extent in outside:
-                yield _outside(extent, size)
-
-
-def _is_cut(shard: Shard, outside: list[_Extent]) -> bool:
-    """Whether the tensors lie side by side, so that the file simply ends too early."""
-    extents = _extents(shard)
-    step = shard.alignment
-    adjacent = all(0 <= two.start - one.end < step for one, two in pairwise(extents))
-    return adjacent and outside == extents[-len(outside) :]
-
-
-def _cut(shard: Shard, outside: list[_Extent]) -> Found:
-    size, end = shard.source.size, outside[-1].end
-    first = outside[0].tensor
-    message = (
-        f"the file ends at byte {size:,}, {end - size:,} bytes too early: {len(outside)} of {len(shard.tensors)} "
-        f"tensors are cut off or missing, the first is {first.name!r} at byte {outside[0].start:,}"
-    )
-    numbers = {"file_size": size, "needed": end, "missing": end - size, "tensors": len(outside)}
-    evidence = (Evidence("layout", f"{size / end:.1%} of the file is there", numbers),)
-    return Found(message, first.name, offset=outside[0].start, help=_FETCH_AGAIN, evidence=evidence)
-
-
-def _outside(extent: _Extent, size: int) -> Found:
-    tensor = extent.tensor
-    message = (
-        f"{tensor.name!r} has its data at bytes {extent.start:,} to {extent.end:,}, outside the file, "
-        f"which ends at {size:,}"
-    )
-    return Found(message, tensor.name, offset=tensor.info_offset, value=tensor.relative_offset, help=_FETCH_AGAIN)
-
-
-@rule("S202", "data-misaligned", ERROR, needs=[Need.TENSORS])
-def data_misaligned(context: Context) -> Iterator[Found]:
-    """A tensor's offset is no multiple of the alignment.
-
-    What. Offsets count from the start of the data, which is aligned itself.
-
-    Why. llama.cpp refuses it; a kernel that relies on alignment reads the wrong bytes or faults.
-
-    Case. Offsets laid out for alignment 1 under a header that says 32.
-
-    Fix. Convert the model again.
-    """
-    for shard in context.gguf.shards:
-        for tensor in shard.tensors:
-            if tensor.relative_offset % shard.alignment:
-                message = (
-                    f"the data of {tensor.name!r} begins at offset {tensor.relative_offset:,}, which is no multiple "
-                    f"of the alignment {shard.alignment}"
-                )
-                yield Found(message, tensor.name, offset=tensor.info_offset, value=tensor.relative_offset)
-
-
-@rule("S203", "data-overlap", ERROR, needs=[Need.TENSORS])
-def data_overlap(context: Context) -> Iterator[Found]:
-    """Two tensors share bytes.
-
-    What. Every tensor's range of bytes against the one before it; empty tensors share nothing.
-
-    Why. At most one of them can be right. gguf-py reads such a file without a word.
-
-    Case. An offset with one flipped bit.
-
-    Fix. Fetch the file again or convert it again.
-    """
-    for shard in context.gguf.shards:
-        last: _Extent | None = None
-        for extent in _extents(shard):
-            if last is not None and extent.start < last.end:
-                shared = min(last.end, extent.end) - extent.start
-                message = (
-                    f"{extent.tensor.name!r} begins at byte {extent.start:,}, inside the data of {last.tensor.name!r} "
-                    f"({last.start:,} to {last.end:,}): {shared:,} bytes belong to both"
-                )
-                yield Found(message, extent.tensor.name, offset=extent.tensor.info_offset, help=_FETCH_AGAIN)
-            if last is None or extent.end > last.end:
-                last = extent
-
-
-@rule("S204", "data-order", ERROR, spec=INFO, needs=[Need.TENSORS])
-def data_order(context: Context) -> Iterator[Found]:
-    """The data has holes, or does not follow the order of the tensor table.
-
-    What. Each tensor must begin exactly where the one before it ends, padded. The specification does not ask for
-    it; llama.cpp does.
-
-    Why. llama.cpp refuses the file; and a hole is often where a tensor was meant to be.
-
-    Case. A damaged offset, or a tool that deleted a tensor from the table but not its data.
-
-    Fix. Convert the model again.
-    """
-    for shard in context.gguf.shards:
-        places = {0}  # where the next tensor may begin: in line with the last one, and where that should have been
-        for tensor in shard.tensors:
-            if tensor.nbytes is None:
-                break  # what follows a tensor of unknown size cannot be placed
-            if tensor.relative_offset not in places:
-                yield _out_of_order(tensor, max(places))
-                places.add(tensor.relative_offset)
-            else:
-                places = {tensor.relative_offset}
-            places = {_padded(place + tensor.nbytes, shard.alignment) for place in places}
-
-
-def _out_of_order(tensor: Tensor, expected: int) -> Found:
-    gap = tensor.relative_offset - expected
-    what = f"{gap:,} bytes after" if gap > 0 else f"{-gap:,} bytes before"
-    message = (
-        f"the data of {tensor.name!r} begins at offset {tensor.relative_offset:,}, {what} where the tensor before it "
-        f"ends (offset {expected:,})"
-    )
-    return Found(message, tensor.name, offset=tensor.info_offset, value=tensor.relative_offset)
-
-
-def _padded(size: int, alignment: int) -> int:
-    return -(-size // alignment) * alignment
-
-
-@rule("S205", "padding", WARNING, spec=ERROR, needs=[Need.TENSORS])
-def padding(context: Context) -> Iterator[Found]:
-    """The padding between tensors is not zero.
-
-    What. The bytes between the end of a tensor and the next multiple of the alignment.
-
-    Why. Converters write zeros there. Anything else was put there later, or the tensor is longer than it says.
-
-    Case. A payload hidden between the tensors; a header that was rewritten with a wrong size.
-
-    Fix. Compare the file with the publisher's checksum.
-    """
-    for shard in context.gguf.shards:
-        extents = _extents(shard)
-        if extents:
-            yield from _dirty(shard, "the header", shard.header_end, shard.data_start, None)
-        ends = [extent.start for extent in extents[1:]] + [shard.source.size]
-        for extent, end in zip(extents, ends, strict=False):
-            stop = min(end, _padded(extent.end, shard.alignment))
-            yield from _dirty(shard, repr(extent.tensor.name), extent.end, stop, extent.tensor.name)
-
-
-def _dirty(shard: Shard, what: str, start: int, stop: int, tensor: str | None) -> Iterator[Found]:
-    if stop <= start:
-        return
-    data = shard.source.read(start, stop - start)
-    if data.strip(b"\x00"):
-        first = len(data) - len(data.lstrip(b"\x00"))
-        yield Found(f"the {len(data)} padding bytes behind {what} are not all zero", tensor, offset=start + first)
-
-
-@rule("S206", "last-padding", ERROR, spec=WARNING, needs=[Need.TENSORS])
-def last_padding(context: Context) -> Iterator[Found]:
-    """The padding behind the last tensor is missing.
-
-    What. All weights are there, but the file ends before the next multiple of the alignment.
-
-    Why. ggml reads the padded size at once and fails; programs that read tensor by tensor do not notice.
-
-    Case. A writer that pads before each tensor instead of behind it, or a download that lost its last bytes.
-
-    Fix. Append zero bytes up to the size that the message gives, or fetch the file again.
-    """
-    for shard in context.gguf.shards:
-        extents = _extents(shard)
-        end = max((extent.end for extent in extents), default=0)
-        wanted = shard.data_start + _padded(end - shard.data_start, shard.alignment)
-        if extents and end <= shard.source.size < wanted:
-            missing = wanted - shard.source.size
-            last = extents[-1].tensor.name
-            message = (
-                f"the file ends {missing} bytes before the padding behind its last tensor does: all weights are "
-                f"there, but the file must have {wanted:,} bytes"
-            )
-            yield Found(message, last, offset=shard.source.size, value=missing)
-
-
-@rule("S207", "trailing", WARNING, needs=[Need.HEADER])
-def trailing(context: Context) -> Iterator[Found]:
-    """There are bytes behind the last tensor.
-
-    What. Everything beyond the padded end of the data. If it begins with another GGUF header, files of a split set
-    were joined; zeros alone are harmless.
-
-    Why. Loaders ignore it, so with joined files they run a model that lacks most of its layers.
-
-    Case. `cat part-1 part-2 > model.gguf`, where llama-gguf-split --merge was meant.
-
-    Fix. Fetch the parts again and open the first one, or merge them with llama-gguf-split.
-    """
-    for shard in context.gguf.shards:
-        if any(tensor.nbytes is None for tensor in shard.tensors):
-            continue
-        ends = (extent.end for extent in _extents(shard))
-        end = shard.data_start + _padded(max(ends, default=shard.data_start) - shard.data_start, shard.alignment)
-        if shard.tensors and shard.source.size > end:
-            yield _trailing(shard, end)
-
-
-def _trailing(shard: Shard, end: int) -> Found:
-    count = shard.source.size - end
-    head = shard.source.read(end, 8)
-    if head[:4] == b"GGUF":
-        message = f"another GGUF header begins at byte {end:,}, behind the data: files of a split set were joined"
-        help_ = "open the parts as they were published, or merge them with llama-gguf-split --merge"
-        return Found(message, offset=end, value=count, help=help_, severity=ERROR)
-    message = f"{count:,} bytes follow the last tensor"
-    if _all_zero(shard, end):
-        return Found(f"{message}, all zero", offset=end, value=count, severity=INFO)
-    return Found(f"{message}; nothing says what they are", offset=end, value=count, confidence=Confidence.MEDIUM)
-
-
-def _all_zero(shard: Shard, start: int) -> bool:
-    """Whether the file holds only zeros from `start` on; of a long tail the first 64 MiB are looked at."""
-    for at in range(start, min(shard.source.size, start + 64 * _CHUNK), _CHUNK):
-        if shard.source.read(at, _CHUNK).strip(b"\x00"):
-            return False
-    return True
-
-
-@rule("S208", "empty-tensor", INFO, needs=[Need.TENSORS])
-def empty_tensor(context: Context) -> Iterator[Found]:
-    """A tensor has no elements.
-
-    What. One of its dimensions is zero.
-
-    Why. Loaders accept it, and some divide by the dimension.
-
-    Case. A 53-byte file that crashed llama.cpp until 2026.
-
-    Fix. None is needed if the model is known to have it; otherwise convert again.
-    """
-    for shard in context.gguf.shards:
-        for tensor in shard.tensors:
-            if 0 in tensor.dims:
-                yield Found(f"{tensor.name!r} has the shape {list(tensor.shape)}: no elements", tensor.name)
-
-
-def _helped(problems: Iterator[Found], help_: str) -> Iterator[Found]:
-    for found in problems:
-        yield _with_help(found, help_)
-
-
-def _with_help(found: Found, help_: str) -> Found:
-    return Found(found.message, found.tensor, found.key, offset=found.offset, help=help_)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ggufkit.checks.context import Context
-from ggufkit.checks.metadata import key_type
+from ggufkit.checks.keys import key_type
 from ggufkit.checks.rule import Found, Need, rule
 from ggufkit.checks.words import Words
 from ggufkit.container import ValueType
