@@ -20,6 +20,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -216,5 +217,6 @@ def _write(path: Path, code: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(hashlib.sha256(code).digest() + code)
         part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
+    except OSError:  # read-only, full, or no directory at all: it will be compiled again next time
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
