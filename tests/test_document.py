@@ -69,7 +69,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         demo.damaged(gguf, flip, [demo.flipped_bit(gguf)[0]])
     calls = {
         "inspect": ("inspect", model),
-        "validate": ("validate", flip),
+        "validate": ("validate", flip, "--no-run"),
         "rules": ("rules",),
         "run": ("run", model, "-p", "snow", "-n", 3),
         "trace": ("trace", model, "--tokens", "1,2", "--summary", "--layers", 0),
