@@ -17,8 +17,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ggufkit import again
 from ggufkit.runtime.diagnose import pattern, relative_error
-from ggufkit.steps import Array, future_keys, parse_name
+from ggufkit.steps import Array, full_name, future_keys, parse_name
 from ggufkit.trace import Trace
 
 #: dtype of the computation → relative error (RMS of a position) that a healthy engine stays below
@@ -87,6 +88,7 @@ class Comparison:
         rtol, atol: of an element, when they were given.
         only_a, only_b: steps that one trace alone holds.
         notes: what else differs: mode, model.
+        again: the smallest commands that show the first divergence again.
     """
 
     rows: tuple[StepRow, ...]
@@ -99,6 +101,7 @@ class Comparison:
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     notes: tuple[str, ...]
+    again: tuple[str, ...] = ()
 
     @property
     def agree(self) -> bool:
@@ -152,6 +155,7 @@ def compare(a: Trace, b: Trace, *, rtol: float | None = None, atol: float | None
         tuple(name for name in a.arrays if name not in b.arrays),
         tuple(name for name in b.arrays if name not in a.arrays),
         tuple(_notes(a, b)),
+        () if first is None else again.of_two(a, b, full_name(first.step, first.layer), first.position),
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ggufkit import foreign, misread
+from ggufkit import again, foreign, misread
 from ggufkit.container import GGUF
 from ggufkit.conversation import Words
 from ggufkit.foreign import Numbers
@@ -15,6 +16,7 @@ from ggufkit.runtime.diagnose import Diagnosis
 from ggufkit.runtime.diagnose import diagnose as explain_numbers
 from ggufkit.runtime.evaluate import Graph
 from ggufkit.runtime.reference import ReferenceEngine
+from ggufkit.steps import full_name
 from ggufkit.trace import Mode, Trace, model_digest
 
 
@@ -27,12 +29,14 @@ class Answer:
         words: what is wrong with its token ids; None when they are right or the prompt is not known.
         words_checked: whether the prompt was known.
         notes: what was put right or left out while the trace was read.
+        again: the smallest commands that show the first divergence again.
     """
 
     numbers: Diagnosis
     words: Mistake | None
     words_checked: bool
     notes: tuple[str, ...]
+    again: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -54,6 +58,7 @@ class Answer:
                 "error": 1.0,
                 "places": ["token_ids"],
                 "same_numbers_as": [],
+                "tell_apart": [],
                 **asdict(self.words),
             }
             faults.insert(0, words)
@@ -72,6 +77,7 @@ class Answer:
             "noise": dict(self.numbers.noise),
             "checked": {"steps": self.numbers.checked, "words": self.words_checked},
             "notes": list(self.notes),
+            "again": list(self.again),
         }
 
 
@@ -105,7 +111,15 @@ def diagnose(
     mode: Mode = given.mode if isinstance(given, Trace) else "prefill"
     graph = Graph(engine.config)
     numbers = explain_numbers(graph, engine.weights, given.token_ids, arranged.known, arranged.parts, mode)
-    return Answer(numbers, mistake, checked, (*_other_model(gguf, given), *arranged.notes))
+    notes = (*_other_model(gguf, given), *arranged.notes)
+    return Answer(numbers, mistake, checked, notes, _again(gguf, given.token_ids, mode, numbers))
+
+
+def _again(gguf: GGUF, token_ids: Sequence[int], mode: Mode, numbers: Diagnosis) -> tuple[str, ...]:
+    first = numbers.first_divergence
+    if first is None:
+        return ()
+    return again.of_one(str(gguf.path), token_ids, mode, full_name(first.step, first.layer), first.position)
 
 
 def _is_text(path: str | Path) -> bool:

@@ -144,7 +144,7 @@ def diagnose(
     else:
         from ggufkit.report.text import diagnose as text
 
-        text.diagnosis(stdout(), found.numbers, found.words, found.notes)
+        text.diagnosis(stdout(), found.numbers, found.words, found.notes, found.again)
     return found.exit_code
 
 

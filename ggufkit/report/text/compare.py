@@ -9,7 +9,7 @@ from rich.text import Text
 
 from ggufkit.compare import Comparison, Divergence, StepRow
 from ggufkit.report.escape import shown
-from ggufkit.report.text.style import listing, number_text, plural, shape_text, show
+from ggufkit.report.text.style import commands, listing, number_text, plural, shape_text, show
 from ggufkit.steps import BY_NAME, full_name
 
 _STYLES = {"same": "good", "close": "good", "diverged": "error", "shape": "warning"}
@@ -24,6 +24,7 @@ def comparison(console: Console, found: Comparison, a: str, b: str) -> None:
         lines.append(_table(rows))
     if left_out:
         lines.append(Text(f"{left_out} more; --json has them all", "note"))
+    lines += commands(found.again)
     show(console, *lines)
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ggufkit.misread import Mistake
 from ggufkit.report.escape import shown
-from ggufkit.report.text.style import heading, listing, plural, show
+from ggufkit.report.text.style import commands, heading, listing, plural, show
 from ggufkit.runtime.diagnose import Diagnosis, Explanation
 from ggufkit.steps import BY_NAME, full_name
 
@@ -24,7 +24,9 @@ this engine:  y[o] = Σ x[i] · w[i·out + o]    across the rows""",
 }
 
 
-def diagnosis(console: Console, found: Diagnosis, mistake: Mistake | None, notes: Sequence[str]) -> None:
+def diagnosis(
+    console: Console, found: Diagnosis, mistake: Mistake | None, notes: Sequence[str], again: Sequence[str] = ()
+) -> None:
     """Print the whole answer."""
     lines: list[RenderableType] = [_verdict(found, mistake), Text()]
     if mistake is not None:
@@ -39,7 +41,7 @@ def diagnosis(console: Console, found: Diagnosis, mistake: Mistake | None, notes
     if found.ruled_out:
         tried = f"  {plural(len(found.ruled_out), 'other known bug')} tried at these steps and ruled out"
         lines += [Text(tried, "note"), Padding(Text(", ".join(found.ruled_out), "note"), (0, 0, 1, 4))]
-    show(console, *lines, Text(f"compared {plural(found.checked, 'step')}"))
+    show(console, *lines, *commands(again), Text(f"compared {plural(found.checked, 'step')}"))
 
 
 def _verdict(found: Diagnosis, mistake: Mistake | None) -> Text:

@@ -124,6 +124,12 @@ def listing(*columns: str, right: Iterable[str] = (), wide: str | None = None) -
     return table
 
 
+def commands(lines: Iterable[str]) -> list[RenderableType]:
+    """Commands to type, each on a line of its own that is never wrapped; nothing for none."""
+    said = [Text("  " + shown(line), "note" if line.startswith("#") else "", no_wrap=True) for line in lines]
+    return [heading("To see it again"), *said, Text()] if said else []
+
+
 def show(console: Console, *things: RenderableType) -> None:
     """Print things below each other; what goes to a pipe or a file has no spaces at the ends of its lines."""
     if console.is_terminal:

@@ -22,6 +22,9 @@ def told_apart(a: Fault, b: Fault, mode: Mode, shown: Set[str]) -> str:
         if other != mode and (other in a.seen_in) != (other in b.seen_in):
             one, two = (a, b) if other in a.seen_in else (b, a)
             return f"trace {_RUN[other]}: it is wrong there if {one.title}, and right if {two.title}"
+    if (mode in a.seen_in) != (mode in b.seen_in):
+        harmless = b if mode in a.seen_in else a
+        return f"make sure of how this trace was made: with {_RUN[mode]} there is no harm if {harmless.title}"
     for step in BY_NAME:
         if step not in shown and (step in a.steps) != (step in b.steps):
             one, two = (a, b) if step in a.steps else (b, a)
