@@ -110,12 +110,11 @@ class TestWords:
 
 class TestDocument:
     FIELDS = frozenset(
-        ("schema", "source", "trace", "first_divergence", "faults", "ruled_out")
-        + ("unexplained", "noise", "checked", "notes", "again")
+        "schema source trace first_divergence faults ruled_out unexplained noise checked notes again".split()
     )
-    DIVERGENCE = frozenset(("step", "layer", "position", "error", "pattern"))
+    DIVERGENCE = frozenset("step layer position error pattern".split())
     FAULT = frozenset(
-        ("name", "title", "explanation", "family", "residual", "error", "places", "same_numbers_as", "tell_apart")
+        "name title explanation family residual error places same_numbers_as tell_apart".split(),
     )
 
     def test_of_a_healthy_engine(self, saved):
