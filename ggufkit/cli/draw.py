@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ggufkit.cli.common import Source, command, print_line, progress, stdout, writing
+from ggufkit.cli.common import Source, command, note, print_line, progress, stderr, stdout, writing
+from ggufkit.report.escape import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
+    from ggufkit.container import GGUF, Tensor
+    from ggufkit.errors import GgufkitError
     from ggufkit.plot import Theme
+    from ggufkit.plot.grid import Grid
+    from ggufkit.stats import TensorStats
 
-Kind = Literal["histogram"]
+Kind = Literal["histogram", "layers"]
+Measure = Literal["absmax", "std", "kurtosis", "zeros", "bits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +33,8 @@ class _Asked:
 
     source: str
     globs: list[str]
+    measure: str
+    findings: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +61,20 @@ def plot(
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="A .png, .svg or .pdf file.")
     ] = None,
     kind: Annotated[Kind, typer.Option(help="What to draw.")] = "histogram",
+    measure: Annotated[Measure, typer.Option(help="For layers: which number of each tensor.")] = "absmax",
+    findings: Annotated[
+        bool, typer.Option("--findings", help="For layers: validate as well, and mark what is found.")
+    ] = False,
     dark: Annotated[bool, typer.Option("--dark", help="Light on dark.")] = False,
     terminal: Annotated[bool, typer.Option("--terminal", help="Draw on the terminal.")] = False,
 ) -> None:
-    """Draw a file's numbers: histograms of tensors."""
+    """Draw a file's numbers: histograms of tensors, or the whole model as a map."""
     from ggufkit import plot as pictures
 
     target = output or Path(f"{Path(source).stem}-{kind}.png")
     if not terminal:
         pictures.check_format(target)
-    picture = _KINDS[kind](_Asked(source, globs or []))
+    picture = _KINDS[kind](_Asked(source, globs or [], measure, findings))
     if terminal:
         picture.on_terminal(stdout())
         return
@@ -88,6 +101,87 @@ def _histogram(asked: _Asked) -> _Picture:
     )
 
 
+def _layers(asked: _Asked) -> _Picture:
+    from ggufkit.plot import grid as maps
+    from ggufkit.plot import layers
+    from ggufkit.report.text import grid as text
+
+    if asked.measure == layers.BITS:
+        drawn = _bits(asked)
+    else:
+        measured, marks = _judged(asked) if asked.findings else (_measured(asked), {})
+        drawn = layers.of_stats(measured, asked.measure, marks)
+    caption = "a bar across: outside the layers    ·    at the right: the largest of the row, and its layer"
+    return _Picture(
+        lambda title, theme: maps.draw([drawn], title, caption, theme),
+        lambda console: text.grid(console, drawn, asked.source),
+    )
+
+
+def _bits(asked: _Asked) -> Grid:
+    from ggufkit import reader
+    from ggufkit.plot import layers
+
+    with reader.open(asked.source) as gguf:
+        return layers.bits(_chosen(gguf, asked.globs))
+
+
+def _chosen(gguf: GGUF, globs: list[str]) -> list[Tensor]:
+    """The tensors of the globs; all without any."""
+    from ggufkit.plot.histogram import matching
+
+    return matching(gguf, globs or ["*"], most=None)
+
+
+def _measured(asked: _Asked) -> list[TensorStats]:
+    """One pass over the tensors. What cannot be read is said, and left blank."""
+    from ggufkit import reader, stats
+    from ggufkit.errors import GgufkitError
+
+    measured = []
+    with reader.open(asked.source) as gguf:
+        tensors = _chosen(gguf, asked.globs)
+        with progress("measuring tensors", sum(tensor.nbytes or 0 for tensor in tensors)) as advance:
+            for tensor, result in stats.scan(gguf, tensors, progress=_adding(advance), announce=_compiling):
+                if isinstance(result, GgufkitError):
+                    note(f"{shown(tensor.name)}: {shown(result.message)}", style="warning")
+                else:
+                    measured.append(result)
+    return measured
+
+
+def _judged(asked: _Asked) -> tuple[list[TensorStats], dict[str, str]]:
+    """The statistics that `validate` makes on its way, and the worst that it finds about each tensor."""
+    from ggufkit import checks, stats
+
+    measured: list[TensorStats] = []
+
+    def keeping(*args: Any, **options: Any) -> Iterator[tuple[Tensor, TensorStats | GgufkitError]]:
+        for tensor, result in stats.scan(*args, **options):
+            if isinstance(result, stats.TensorStats):
+                measured.append(result)
+            yield tensor, result
+
+    with progress("validating", 1.0) as advance:
+        report = checks.run(
+            asked.source,
+            scan=keeping,
+            progress=lambda done, total: advance(done / max(total, 1)),
+            announce=_compiling,
+        )
+    marks = {one.tensor: str(one.severity) for one in reversed(report.findings) if one.tensor}
+    return [one for one in measured if _wanted(one.name, asked.globs)], marks
+
+
+def _wanted(name: str, globs: list[str]) -> bool:
+    return not globs or any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _compiling(kernel: str) -> None:
+    if stderr().is_terminal:
+        note(f"compiling {kernel}, once")
+
+
 def _adding(advance: Callable[[float], None]) -> Callable[[int], None]:
     """Turns how much was just done into how much is done."""
     done = 0
@@ -102,4 +196,5 @@ def _adding(advance: Callable[[float], None]) -> Callable[[int], None]:
 
 _KINDS: dict[str, Callable[[_Asked], _Picture]] = {
     "histogram": _histogram,
+    "layers": _layers,
 }

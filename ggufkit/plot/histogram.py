@@ -106,15 +106,18 @@ class _Axis:
         return (np.sinh(positions) if self.bent else positions) * self.deviation + self.median
 
 
-def matching(gguf: GGUF, globs: Sequence[str]) -> list[Tensor]:
+def matching(gguf: GGUF, globs: Sequence[str], *, most: int | None = MOST_PANELS) -> list[Tensor]:
     """The tensors that the shell patterns name; without any, the first layer and what is outside the layers.
 
+    Args:
+        most: as many as fit into one picture.
+
     Raises:
-        UsageError: a pattern matches nothing, or all together more than fit into one picture.
+        UsageError: a pattern matches nothing, or all together more than `most`.
     """
     if not globs:
         found = [tensor for name, tensor in gguf.tensors.items() if name.startswith("blk.0.") or name[:4] != "blk."]
-        return found[:MOST_PANELS]
+        return found[:most]
     chosen: dict[str, Tensor] = {}
     for glob in globs:
         hits = {name: tensor for name, tensor in gguf.tensors.items() if fnmatchcase(name, glob)}
@@ -122,8 +125,8 @@ def matching(gguf: GGUF, globs: Sequence[str]) -> list[Tensor]:
             message = f"no tensor matches {glob!r}"
             raise UsageError(message, path=str(gguf.path), help="`inspect --tensors` lists them; quote the pattern")
         chosen |= hits
-    if len(chosen) > MOST_PANELS:
-        message = f"{len(chosen)} tensors match; {MOST_PANELS} fit into one picture"
+    if most is not None and len(chosen) > most:
+        message = f"{len(chosen)} tensors match; {most} fit into one picture"
         raise UsageError(message, help="narrow the pattern, for instance 'blk.[0-9].attn_*.bias'")
     return list(chosen.values())
 
