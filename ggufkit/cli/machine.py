@@ -2,15 +2,58 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from ggufkit.cli.common import Json, command, print_line, stdout
+from ggufkit.cli.common import Device, Dtype, Json, Source, command, load_engine, print_line, progress, stdout
 
 
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
-    for function in (doctor, demo):
+    for function in (bench, doctor, demo):
         app.command()(function)
+
+
+@command
+def bench(
+    source: Source,
+    pp: Annotated[list[int] | None, typer.Option(metavar="N", help="Prompt lengths; 512 by default.")] = None,
+    tg: Annotated[list[int] | None, typer.Option(metavar="N", help="Tokens to generate; 128 by default.")] = None,
+    repeats: Annotated[int, typer.Option("-r", "--repeats", metavar="N", help="Of each test.")] = 5,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Measure tokens a second, as llama-bench does."""
+    from time import perf_counter
+
+    from ggufkit import reader
+    from ggufkit.runtime.bench import benchmark
+
+    with reader.open(source) as gguf:
+        start = perf_counter()
+        engine = load_engine(gguf, device, dtype)
+        seconds = perf_counter() - start
+        lengths = {"pp": pp or [] if tg and not pp else pp or [512], "tg": tg or [] if pp and not tg else tg or [128]}
+        with progress("measuring") as advance:
+            found = benchmark(
+                engine,
+                gguf,
+                **lengths,
+                repeats=repeats,
+                load_seconds=seconds,
+                progress=lambda _, done, total: advance(done / total),
+            )
+    if json:
+        from ggufkit.report.document import document, plain
+
+        tests = [{**plain(test), "mean": test.mean, "std": test.std} for test in found.tests]
+        print_line(document("bench", {"source": source, **plain(found), "tests": tests}))
+    else:
+        from ggufkit.report.text import bench as text
+
+        text.report(stdout(), source, found)
 
 
 @command
