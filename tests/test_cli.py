@@ -287,9 +287,14 @@ class TestValidate:
         assert as_json("validate", model, "--select", "S,M101")["checked"]["rules"] < 60
         assert ggufkit("validate", model, "--select", "X999").exit_code == 2
 
-    def test_asking_for_a_run_that_is_not_made_is_3(self, model: Path) -> None:
-        assert ggufkit("validate", model, "--run").exit_code == 3
-        assert ggufkit("validate", model, "--no-run").exit_code == 0
+    def test_asking_for_a_run_that_cannot_be_made_is_3(self, vocabulary: Path) -> None:
+        assert ggufkit("validate", vocabulary, "--run").exit_code == 3
+        assert ggufkit("validate", vocabulary).exit_code == 0
+
+    def test_the_model_is_run_unless_that_is_forbidden(self) -> None:
+        assert "reference" in as_json("validate", demo.MODEL, "--device", "cpu")["probes"]["agreement"]["text"]
+        assert as_json("validate", demo.MODEL, "--no-run")["probes"] == {}
+        assert ggufkit("validate", demo.MODEL, "--no-run", "--ablate", "*").exit_code == 2
 
     def test_a_file_of_its_own(self, model: Path, tmp_path: Path) -> None:
         target = tmp_path / "report.json"

@@ -10,7 +10,7 @@ The same patches answer a question about a whole group of tensors: what is the m
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -66,6 +66,15 @@ class Mend:
 
     edits: tuple[Edit, ...]
     how: str
+
+    def overlaps(self, other: Mend) -> bool:
+        """Whether both change some byte."""
+        return any(
+            one.tensor == two.tensor
+            and max(one.start, two.start) < min(one.start + len(one.data), two.start + len(two.data))
+            for one in self.edits
+            for two in other.edits
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +157,7 @@ class Bench:
         return self.compare(self.base, (*self.base, *edits), tokens)
 
     def _logits(self, edits: Collection[Edit], n: int) -> Logits:
-        return self.logits[:n] if tuple(edits) == self.base else self.running.logits(self.text, edits, n)
+        return self.logits[:n] if set(edits) == set(self.base) else self.running.logits(self.text, edits, n)
 
 
 def _first(names: Iterable[str], *favourites: str) -> list[str]:
@@ -162,17 +171,18 @@ def _first(names: Iterable[str], *favourites: str) -> list[str]:
 def with_function(running: Running, findings: Sequence[Finding]) -> list[Finding]:
     """The findings, with what mending them does added to those that can be mended."""
     mends = {at: mend for at, found in enumerate(findings) if (mend := mend_of(running.context, found)) is not None}
-    certain = {at: mend for at, mend in mends.items() if findings[at].judgement is Judgement.CORRUPT}
-    suspects = sorted(mends, key=lambda at: _rank(findings[at]))
+    certain = [mend for at, mend in mends.items() if findings[at].judgement is Judgement.CORRUPT]
+    tried = [at for at in mends if findings[at].code[0] != "B"]  # those of this family come with their evidence
+    suspects = sorted(tried, key=lambda at: _rank(findings[at]))
+    chosen = list(dict.fromkeys(mends[at] for at in suspects))[:_MOST]
+    outcomes = dict(_outcomes(running, chosen, certain))
+    if left := sum(mends[at] not in outcomes for at in suspects):
+        running.context.skip(f"{left} of {len(suspects)} odd values", f"{_MOST} others were tried by mending them")
     updated = list(findings)
-    if suspects:
-        bench = Bench(running, [edit for mend in certain.values() for edit in mend.edits])
-        for done, at in enumerate(suspects[:_MOST]):
-            updated[at] = _judged(findings[at], mends[at], _outcome(bench, certain, at, mends[at]))
-            running.request.progress(0.5 + 0.5 * (done + 1) / min(len(suspects), _MOST))
-    if (left := len(suspects) - _MOST) > 0:
-        running.context.skip(f"{left} of {len(suspects)} odd values", f"the first {_MOST} were tried by mending them")
-    return [_historic(running, found) for found in updated]
+    for at in suspects:
+        if mends[at] in outcomes:
+            updated[at] = _judged(findings[at], mends[at], outcomes[mends[at]])
+    return [_of_biases(running, found) for found in updated]
 
 
 def _rank(finding: Finding) -> tuple[int, int]:
@@ -180,12 +190,15 @@ def _rank(finding: Finding) -> tuple[int, int]:
     return _ORDER.index(finding.judgement), -finding.severity.rank
 
 
-def _outcome(bench: Bench, certain: dict[int, Mend], at: int, mend: Mend) -> Outcome:
-    """As it is against mended; of damage that is certain, with all the other mended."""
-    if at not in certain:
-        return bench.without(mend.edits)
-    others = [edit for other, repair in certain.items() if other != at for edit in repair.edits]
-    return bench.compare(others, bench.base)
+def _outcomes(running: Running, mends: Sequence[Mend], certain: Sequence[Mend]) -> Iterator[tuple[Mend, Outcome]]:
+    """Each mend as it is against mended, with all certain damage at other places mended."""
+    if not mends:
+        return
+    bench = Bench(running, [edit for mend in certain for edit in mend.edits])
+    for done, mend in enumerate(mends, 1):
+        rest = [edit for other in certain if not mend.overlaps(other) for edit in other.edits]
+        yield mend, bench.compare(rest, [*rest, *mend.edits])
+        running.request.progress(0.5 + 0.5 * done / len(mends))
 
 
 def _judged(finding: Finding, mend: Mend, outcome: Outcome) -> Finding:
@@ -209,13 +222,29 @@ def evidence_of(mend: Mend, outcome: Outcome) -> Evidence:
     return Evidence("function", f"mending it ({mend.how}) {did}: {outcome}", outcome.numbers)
 
 
-def _historic(running: Running, finding: Finding) -> Finding:
-    """What the model is like whose biases somebody switched off: they cannot be mended, but the cost can be told."""
-    if finding.code not in ("O206", "O205") or running.not_finite is not None:
+def _of_biases(running: Running, finding: Finding) -> Finding:
+    """What else the model says of its biases: what large ones are worth, what is left where they were switched off."""
+    if running.not_finite is not None or finding.code not in _BIAS_STORIES:
         return finding
+    text, numbers = _BIAS_STORIES[finding.code](running, finding)
+    return replace(finding, evidence=(*finding.evidence, Evidence("function", text, numbers)))
+
+
+def _left(running: Running, finding: Finding) -> tuple[str, dict[str, object]]:
     nats = running.nats("prose")
-    text = f"as it is, prose costs {nats:.2f} nats a token; calling all equally likely costs {running.chance:.2f}"
-    return replace(finding, evidence=(*finding.evidence, Evidence("function", text, {"nats": nats})))
+    text = (
+        f"as it is, prose costs {nats:.2f} nats a token; calling all tokens equally likely costs {running.chance:.2f}"
+    )
+    return text, {"nats": nats, "chance": running.chance}
+
+
+def _worth(running: Running, finding: Finding) -> tuple[str, dict[str, object]]:
+    role, _ = arch.role_of(finding.tensor or "")
+    outcome = Bench(running).without([_zeroed(tensor) for tensor in _matching(running.gguf, f"blk.*.{role}")])
+    return f"zeroing {role} in every layer: {outcome.delta:+.3g} nats a token; {outcome}", outcome.numbers
+
+
+_BIAS_STORIES = {"O205": _left, "O206": _left, "O207": _worth}
 
 
 # -- mending -------------------------------------------------------------------------------------------------------
