@@ -137,7 +137,8 @@ class Bench:
         first, second = (self._logits(edits, len(targets)) for edits in (before, after))
         costs = [probes.nats(logits, targets) for logits in (first, second)]
         with np.errstate(invalid="ignore"):
-            differences = np.nan_to_num(costs[1] - costs[0], nan=0.0)
+            differences = costs[1] - costs[0]
+            differences[np.isnan(differences)] = 0.0  # neither run is finite there
             error = float(np.std(differences) / np.sqrt(len(targets))) if np.isfinite(differences).all() else 0.0
         from_, to = (first, second) if np.isfinite(costs[0]).all() else (second, first)
         shift = probes.distribution_shift(from_[::_STRIDE], to[::_STRIDE])
