@@ -71,10 +71,12 @@ class Bench:
         self.weights = Weights(self.gguf)
         self.engine = ForeignEngine(self.gguf)
 
-    def diagnose(self, bugs: Sequence[str], *, decode: bool = False, steps: str = "") -> Diagnosis:
-        arrays = self.engine.trace(IDS, bugs, decode=decode)
+    def diagnose(
+        self, bugs: Sequence[str], *, decode: bool = False, steps: str = "", ids: Sequence[int] = IDS
+    ) -> Diagnosis:
+        arrays = self.engine.trace(ids, bugs, decode=decode)
         known = {parse_name(name): array for name, array in arrays.items() if not steps or name.startswith(steps)}
-        return diagnose(self.graph, self.weights, IDS, known, mode="decode" if decode else "prefill")
+        return diagnose(self.graph, self.weights, ids, known, mode="decode" if decode else "prefill")
 
 
 def names(diagnosis: Diagnosis) -> list[set[str]]:
@@ -153,6 +155,33 @@ def test_an_unknown_bug_is_not_given_a_name(models):
     assert diagnosis.faults == ()
     assert diagnosis.unexplained[0] == "ffn_act-1"
     assert (diagnosis.first_divergence.step, diagnosis.first_divergence.layer) == ("ffn_act", 1)
+
+
+#: what is tried on a real model: bugs of every family, as (bug, decode)
+REAL = (
+    *((bug, False) for bug in ("", "int8_activations", "transposed", "bias_missing", "high_bits_misplaced")),
+    *((bug, False) for bug in ("rope_interleaved", "rope_base:10000", "head_modulo", "no_scale", "fp16_scores")),
+    *((bug, False) for bug in ("gelu", "norm_without_weight", "no_residual")),
+    *((bug, True) for bug in ("", "cache_slot_stuck", "position_stuck")),
+)
+
+
+@pytest.fixture(scope="module")
+def real_bench(real_model) -> Bench:
+    return Bench(real_model)
+
+
+@pytest.mark.real_model
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("bug", "decode"), REAL)
+def test_on_a_real_model_the_bug_is_named_alone_and_a_healthy_engine_nothing(real_bench, bug, decode):
+    ids = [151644, 872, 198, 7985, 264, 6386]
+    diagnosis = real_bench.diagnose([bug], decode=decode, ids=ids)
+    name = bug.partition(":")[0]
+    if name in HARMLESS:
+        assert (diagnosis.faults, diagnosis.first_divergence) == ((), None)
+    else:
+        assert [name in found for found in names(diagnosis)] == [True]
 
 
 def test_every_fault_explains_itself():

@@ -110,11 +110,14 @@ class TestWords:
 
 class TestDocument:
     FIELDS = frozenset(
-        "schema source trace first_divergence faults ruled_out unexplained noise checked notes again".split()
+        [
+            *("schema", "source", "trace", "first_divergence", "faults", "ruled_out"),
+            *("unexplained", "noise", "checked", "notes", "again"),
+        ]
     )
-    DIVERGENCE = frozenset("step layer position error pattern".split())
+    DIVERGENCE = frozenset(["step", "layer", "position", "error", "pattern"])
     FAULT = frozenset(
-        "name title explanation family residual error places same_numbers_as tell_apart".split(),
+        ["name", "title", "explanation", "family", "residual", "error", "places", "same_numbers_as", "tell_apart"],
     )
 
     def test_of_a_healthy_engine(self, saved):

@@ -160,6 +160,7 @@ class TestLlamaCpp:
 
 
 @pytest.mark.real_model
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
 @pytest.mark.parametrize("name", BOTH)
 def test_the_real_model_agrees_at_every_step_and_is_diagnosed_healthy(name, decode, real_model, tmp_path):
