@@ -161,6 +161,22 @@ def test_biases_that_were_switched_off_are_named_with_their_price(gguf: GGUF, tm
     assert all(function(finding).numbers["nats"] > 1.5 for finding in findings)
 
 
+def test_biases_that_are_missing_are_named_with_their_price(tmp_path: Path) -> None:
+    def without(weights: dict[str, np.ndarray]) -> None:
+        for name in [name for name in weights if name.endswith(".bias")]:
+            del weights[name]
+
+    report = checks.run(tiny_model(tmp_path / "none.gguf", edit=without), select=["M302", "B101"], run=True)
+    zeroed = checks.run(
+        tiny_model(tmp_path / "zero.gguf", edit=lambda weights: [weights[n].fill(0) for n in weights if "bias" in n]),
+        select=["O206", "B101"],
+        run=True,
+    )
+    price = function(report.findings[0]).numbers["nats"]
+    assert price == function(zeroed.findings[0]).numbers["nats"] > 0
+    assert report.probes["finite"]["value"]
+
+
 def test_trying_leaves_the_model_as_it_was(gguf: GGUF, at_work: Running) -> None:
     before = at_work.logits("code").tobytes()
     bench = ablate.Bench(at_work)

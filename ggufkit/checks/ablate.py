@@ -245,7 +245,7 @@ def _worth(running: Running, finding: Finding) -> tuple[str, dict[str, object]]:
     return f"zeroing {role} in every layer: {outcome.delta:+.3g} nats a token; {outcome}", outcome.numbers
 
 
-_BIAS_STORIES = {"O205": _left, "O206": _left, "O207": _worth}
+_BIAS_STORIES = {"M302": _left, "O205": _left, "O206": _left, "O207": _worth}
 
 
 # -- mending -------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ ERROR, WARNING = Severity.ERROR, Severity.WARNING
 _ONE_BY_ONE, _COMPARED = 10, 6
 #: models with fewer parameters may have been trained for something so narrow that no built-in text is any of it
 _GENERAL = 50_000_000
-#: prose costs the weakest published model of `arch.KNOWN_MODELS` 4.2 nats a token, and 7.4 without its key biases
+#: prose costs the weakest published model of `arch.KNOWN_MODELS` 4.2 nats a token, and 6.9 without its key biases
 _KNOWN_NATS = 6.5
 _KL = 0.01  # of two ways to compute the same; rounding alone stays below 0.002
 _APART = 0.01  # logits of two runs of the same

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from ggufkit import arch
 from ggufkit.checks.context import Context
 from ggufkit.checks.rule import Need
+from ggufkit.container import GGUF, Tensor
 from ggufkit.conversation import Conversation, Words, message
 from ggufkit.errors import GgufkitError
 from ggufkit.findings import Finding, Severity
+from ggufkit.quants import BY_NAME
 from ggufkit.runtime import SMALL, load, probes, texts
 from ggufkit.runtime.engine import Edit, Engine, Logits
 from ggufkit.runtime.finite import Spot
@@ -145,13 +148,43 @@ def start(context: Context, request: RunRequest, findings: Sequence[Finding]) ->
     if reason is None:
         try:
             words = Words.of(context.gguf)
-            return Running(context, load(context.gguf, request.device), words, request)
+            return Running(context, load(_with_biases(context), request.device), words, request)
         except GgufkitError as error:
             reason = str(error.message)
         except MemoryError:
             reason = "this machine has not enough memory for it"
     context.skip("running the model", reason, asked=request.insist)
     return None
+
+
+class _ZeroBiases(GGUF):
+    """A file without its biases, read as loaders do that call them optional: as if they were all zero."""
+
+    def __init__(self, gguf: GGUF, missing: Mapping[str, int]) -> None:
+        self.__dict__.update(gguf.__dict__)
+        f32 = BY_NAME["F32"]
+        self._made = {
+            name: Tensor(name, (size,), f32.id, f32, 0, 0, f32.nbytes(size), 0) for name, size in missing.items()
+        }
+        self.tensors = {**gguf.tensors, **self._made}
+
+    def read_into(self, tensor: Tensor, buffer: memoryview, start: int = 0) -> None:
+        if tensor.name in self._made:
+            buffer.cast("B")[:] = bytes(buffer.nbytes)
+        else:
+            super().read_into(tensor, buffer, start)
+
+
+def _with_biases(context: Context) -> GGUF:
+    """The file, with zeros for the biases that its architecture must have and it has not: the model without its
+    biases is what such a file is worth, and is what the report is asked about."""
+    assert context.config is not None  # no obstacle
+    missing = {
+        name: expected.shape[0]
+        for name, expected in arch.expected_tensors(context.config).items()
+        if name.endswith(".bias") and expected.required and name not in context.gguf.tensors
+    }
+    return _ZeroBiases(context.gguf, missing) if missing else context.gguf
 
 
 def _obstacle(context: Context, request: RunRequest, findings: Sequence[Finding]) -> str | None:
