@@ -55,6 +55,11 @@ def kernel(module: str, name: str, arguments: str, announce: Announce | None = N
         return known
 
 
+def is_kept(module: str, name: str) -> bool:
+    """Whether a kernel can be had without compiling it."""
+    return (module, name) in _loaded or _cache_path(module, name).exists()
+
+
 def _load(module: str, name: str, arguments: str, announce: Announce | None) -> Kernel:
     path = _cache_path(module, name)
     code = _read(path)

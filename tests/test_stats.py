@@ -22,7 +22,7 @@ from ggufkit.container import GGUF
 from ggufkit.errors import FormatError, GgufkitError, NewerThanTool, Unsupported
 from ggufkit.quants import BY_NAME, TYPES, QuantType
 from ggufkit.quants.fingerprint import MARKS, marked
-from ggufkit.stats import TensorStats
+from ggufkit.stats import TensorStats, stream
 from ggufkit.stats.chunk import chunks
 from ggufkit.stats.runs import ByteRuns, Runs
 
@@ -542,6 +542,32 @@ class TestRuns:
             longest = max(map(len, runs), default=0)
             assert (total.zero.length if total.zero else 0) == (longest if longest >= 16 else 0)
             assert (total.zero, total.equal) == (ByteRuns.of(data).zero, ByteRuns.of(data).equal)
+
+
+class TestWhichWay:
+    """Nobody waits for a compiler for the sake of a few megabytes."""
+
+    @pytest.mark.parametrize(
+        ("megabytes", "kept", "compiled"),
+        [(0.5, True, False), (5, False, False), (5, True, True), (50, False, True), (50, True, True)],
+    )
+    def test_by_size_and_what_is_there(
+        self, megabytes: float, kept: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr("ggufkit.stats.compiled.is_kept", lambda types: kept)
+        assert stream._is_worth_it(int(megabytes * (1 << 20)), {BY_NAME["Q5_0"]}) is compiled
+
+    def test_a_small_file_loads_no_compiler(self, tmp_path: Path):
+        one_tensor(tmp_path, "Q8_0", weights(BY_NAME["Q8_0"], 10, 512), (10, 512))
+        script = f"""
+            import sys, ggufkit.reader
+            from ggufkit import stats
+            list(stats.scan(ggufkit.reader.open({str(tmp_path / "w.gguf")!r})))
+            print(sorted({{"numba", "llvmlite", "gguf"}} & sys.modules.keys()))
+        """
+        code = textwrap.dedent(script)
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert out.stdout.strip() == "[]"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="measures with the resource module")

@@ -60,6 +60,11 @@ def table(qtype: QuantType) -> I8:
     return np.zeros(1, np.int8)
 
 
+def is_kept(qtype: QuantType) -> bool:
+    """Whether the unpacker of this type can be had without compiling it."""
+    return jit.is_kept(_MODULE, qtype.name.lower())
+
+
 class Unpacker:
     """The compiled unpacker of one type. Safe to share between threads."""
 

@@ -55,9 +55,7 @@ def _q5_0(b: Blocks) -> Flags:
 
 def _q4_1(b: Blocks) -> Flags:
     low, high = b[:, 4:] & 15, b[:, 4:] >> 4
-    return (
-        ((low == 0) | (high == 0)).any(axis=1) & ((low == 15) | (high == 15)).any(axis=1) & (half(b, 0) >= 0)
-    )
+    return ((low == 0) | (high == 0)).any(axis=1) & ((low == 15) | (high == 15)).any(axis=1) & (half(b, 0) >= 0)
 
 
 def _q5_1(b: Blocks) -> Flags:

@@ -12,6 +12,7 @@ from ggufkit import jit, quants
 from ggufkit.quants import QuantType
 from ggufkit.quants.bits import F32, U8
 from ggufkit.quants.compiled import Buffers, Unpacker
+from ggufkit.quants.compiled import is_kept as unpacker_is_kept
 from ggufkit.stats.chunk import Chunk, Scanned
 from ggufkit.stats.deviation import Levels
 from ggufkit.stats.digest import BLOCKS_KEPT, Deviations, ScaleDigest
@@ -54,6 +55,13 @@ def kernels_for(qtype: QuantType) -> list[str]:
     """Names of the kernels that a tensor of this type needs, besides its unpacker."""
     scan = ["scan_codes", "scan_scales"] if qtype.is_block else ["scan_values"]
     return [*scan, "deviate", "byte_runs", *([_WIDEN[qtype.name]] if qtype.name in _WIDEN else [])]
+
+
+def is_kept(types: set[QuantType]) -> bool:
+    """Whether everything that tensors of these types need can be had without compiling."""
+    names = {name for qtype in types for name in kernels_for(qtype)}
+    unpackers = all(unpacker_is_kept(qtype) for qtype in types if qtype.is_block)
+    return unpackers and all(jit.is_kept(_MODULE, name) for name in names)
 
 
 def _kernel(name: str, announce: jit.Announce | None = None) -> jit.Kernel:

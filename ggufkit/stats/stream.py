@@ -29,8 +29,9 @@ from ggufkit.stats.digest import Digest, Plain, Tools, digest
 from ggufkit.stats.results import TensorStats
 from ggufkit.stats.total import Total
 
-#: below this many bytes in all, NumPy is done before the compiled kernels are loaded
-SMALL = 8 << 20
+#: below this many bytes NumPy is done before the compiled kernels are loaded, and below the second before they are
+#: compiled, should that be necessary
+TINY, SMALL = 1 << 20, 8 << 20
 
 #: chunks that a thread may be ahead of the adding up
 _AHEAD = 4
@@ -64,7 +65,7 @@ def scan(
         gguf: the opened file.
         tensors: which; by default all, in the order of the file.
         threads: how many; by default one a processor, 16 at most.
-        compiled: use the compiled kernels; by default when the tensors are larger than `SMALL` together.
+        compiled: use the compiled kernels; by default where it takes less time (see `SMALL`).
         keep_rows: keep the size of every row (`RowStats.absmax`, `rms`); 8 bytes a row.
         progress: called with the bytes done since it was last called.
         announce: called with a name when a kernel has to be compiled, which takes a second or two, once.
@@ -75,9 +76,9 @@ def scan(
         impossible), SourceError (reading failed).
     """
     wanted = list(gguf.tensors.values() if tensors is None else tensors)
-    if compiled is None:
-        compiled = sum(tensor.nbytes or 0 for tensor in wanted) > SMALL
     types = {tensor.type for tensor in wanted if tensor.type is not None and tensor.type.decodable}
+    if compiled is None:
+        compiled = _is_worth_it(sum(tensor.nbytes or 0 for tensor in wanted), types)
     workers = _Workers(gguf, types if compiled else None, announce)
     count = threads or min(os.cpu_count() or 1, 16)
     with ThreadPoolExecutor(count, "ggufkit-stats") as pool:
@@ -91,12 +92,21 @@ def measure(gguf: GGUF, tensor: Tensor, *, compiled: bool | None = None, keep_ro
     """
     qtype = readable_type(gguf, tensor)
     if compiled is None:
-        compiled = gguf.size > SMALL
+        compiled = _is_worth_it(tensor.nbytes or 0, {qtype})
     workers = _Workers(gguf, {qtype} if compiled else None, None)
     total = _total(gguf, tensor, keep_rows)
     for chunk in _chunks(tensor, qtype):
         total.add(workers.work(tensor, chunk, total.pivot, total.sampled))
     return total.finish()
+
+
+def _is_worth_it(nbytes: int, types: set[QuantType]) -> bool:
+    """Whether the compiled kernels are faster for that many bytes, their loading or compiling included."""
+    if TINY < nbytes <= SMALL:
+        from ggufkit.stats.compiled import is_kept
+
+        return is_kept(types)
+    return nbytes > SMALL
 
 
 def readable_type(gguf: GGUF, tensor: Tensor) -> QuantType:
