@@ -97,7 +97,10 @@ _HEADER_BYTES = 24
 _MIN_KV_BYTES = 8 + 4 + 1  # length of the key, type, the smallest value
 _MIN_TENSOR_BYTES = 8 + 4 + 4 + 8  # length of the name, n_dims, type, offset
 _NEWEST_VERSION = 3
-_PLAUSIBLE_COUNT = 10_000  # of metadata pairs or tensors; what claims more and does not fit is damaged, not cut
+# what claims more than these and does not fit into the file is damaged; what claims less was cut off
+_PLAUSIBLE_COUNT = 10_000  # metadata pairs, tensors
+_PLAUSIBLE_ARRAY = 1_000_000
+_PLAUSIBLE_STRING = 1 << 16
 _PLAUSIBLE_VERSION = 99  # beyond it the field is damaged rather than new
 _SIGNED_MAX = (1 << 63) - 1
 _WINDOW = 1 << 20
@@ -199,38 +202,37 @@ class _Cursor:
         self.check(count, what)
         self.position += count
 
-    def string_length(self, what: str, limit: int) -> int:
+    def string_length(self, what: str, limit: int, *, key: str | None = None) -> int:
         """The length of the string that starts here, checked against what is left."""
         at = self.position
         length = self.u64(f"the length of {what}")
         if length > limit or length > self.left:
-            raise self.stop(
-                "string-too-long",
-                f"{what} claims {length:,} bytes; {self.left:,} are left in the file and {limit:,} are allowed",
-                at,
-            )
+            raise self._long_string(length, limit, what, at, key)
         return length
 
-    def skip_strings(self, count: int, what: str) -> None:
+    def skip_strings(self, count: int, key: str) -> None:
         """Step over an array of strings: the one loop that a large vocabulary's header spends its time in."""
         length_at = struct.Struct(self.order + "Q").unpack_from
         limit = self._limits.string
         left = count
         while left:
             if self.position + 8 > self._base + len(self._window) or self.position < self._base:
-                self.check(8, f"string {count - left} of {what}")
+                self.check(8, f"string {count - left} of {key!r}")
                 self._fill(_WINDOW)
             window, at, last = self._window, self.position - self._base, len(self._window) - 8
+            start, length = at, 0
             while left and at <= last:
+                start = at
                 (length,) = length_at(window, at)
                 if length > limit:
-                    self.position = self._base + at
-                    raise self._long_string(length, count - left, what)
+                    break
                 at += 8 + length
                 left -= 1
+            if length > limit or self._base + at > self._end:
+                self.position = self._base + start + 8
+                index = count - left - (length <= limit)
+                raise self._long_string(length, limit, f"string {index} of {key!r}", self._base + start, key)
             self.position = self._base + at
-            if self.position > self._end:
-                raise self._long_string(length, count - left - 1, what)
 
     def _fill(self, count: int) -> None:
         """Move the window to the position; it never reaches beyond where the header must end."""
@@ -250,15 +252,16 @@ class _Cursor:
         limit = self._limits.header
         raise self.stop("header-too-long", f"the header is longer than {limit:,} bytes (at {what})", self.position)
 
-    def stop(self, kind: str, message: str, offset: int) -> _Stop:
-        return _Stop(Problem(kind, message, offset, shard=self.shard, fatal=True))
+    def stop(self, kind: str, message: str, offset: int, *, key: str | None = None) -> _Stop:
+        return _Stop(Problem(kind, message, offset, key, shard=self.shard, fatal=True))
 
-    def _long_string(self, length: int, index: int, what: str) -> _Stop:
-        return self.stop(
-            "string-too-long",
-            f"string {index} of {what} claims {length:,} bytes, more than the file has left or than is allowed",
-            self.position if self.position <= self._end else self._end,
-        )
+    def _long_string(self, length: int, limit: int, what: str, offset: int, key: str | None) -> _Stop:
+        left = max(self.left, 0)
+        if length <= min(_PLAUSIBLE_STRING, limit):  # a real string, and the file ends inside it
+            message = f"the file ends inside {what}: of its {length:,} bytes {left:,} are there"
+            return self.stop("header-truncated", message, offset, key=key)
+        message = f"{what} claims {length:,} bytes; {left:,} are left in the file and {limit:,} are allowed"
+        return self.stop("string-too-long", message, offset, key=key)
 
 
 class _Parser:
@@ -376,7 +379,7 @@ class _Parser:
 
     def _string_value(self, key: str) -> None:
         offset = self.cursor.position
-        length = self.cursor.string_length(f"the value of {key!r}", self.limits.string)
+        length = self.cursor.string_length(f"the value of {key!r}", self.limits.string, key=key)
         if _is_not_utf8(self.cursor.take(length, f"the value of {key!r}")):
             self._report("string-not-utf8", f"the value of {key!r} is not UTF-8", offset, key=key)
 
@@ -397,13 +400,11 @@ class _Parser:
         cursor = self.cursor
         size = 8 if element is ValueType.STRING else SCALAR_SIZES[element]
         if count > cursor.left // size:
-            raise cursor.stop(
-                "array-too-long",
-                f"{key!r} claims {count:,} elements of {size} bytes or more; {cursor.left:,} bytes are left",
-                cursor.position - 8,
-            )
+            message = f"{key!r} claims {count:,} elements of {size} bytes or more; {cursor.left:,} bytes are left"
+            kind = "header-truncated" if count <= _PLAUSIBLE_ARRAY else "array-too-long"
+            raise cursor.stop(kind, message, cursor.position - 8, key=key)
         if element is ValueType.STRING:
-            cursor.skip_strings(count, repr(key))
+            cursor.skip_strings(count, key)
         else:
             cursor.skip(count * size, repr(key))
 
@@ -416,7 +417,7 @@ class _Parser:
                 stack.pop()
                 continue
             if stack[-1] > cursor.left // 12:
-                raise cursor.stop("array-too-long", f"{key!r} claims {stack[-1]:,} arrays", cursor.position)
+                raise cursor.stop("array-too-long", f"{key!r} claims {stack[-1]:,} arrays", cursor.position, key=key)
             stack[-1] -= 1
             element = self._value_type(f"an element type in {key!r}", key)
             inner = cursor.u64(f"a length in {key!r}")
@@ -424,7 +425,7 @@ class _Parser:
                 self._skip_elements(key, element, inner)
             elif len(stack) + 1 >= MAX_ARRAY_DEPTH:
                 message = f"{key!r} nests arrays deeper than {MAX_ARRAY_DEPTH}"
-                raise cursor.stop("array-too-deep", message, cursor.position)
+                raise cursor.stop("array-too-deep", message, cursor.position, key=key)
             else:
                 stack.append(inner)
 

@@ -56,8 +56,11 @@ def tensor_missing(context: Context) -> Iterator[Found]:
     Fix. Convert the model again; if a name is merely misspelt, rename it.
     """
     unexpected = [name for name in context.gguf.tensors if name not in _expected(context)]
+    present = {None, *_blocks(context)}  # a block of which nothing is there is a finding of its own
     missing = [
-        name for name, expected in _expected(context).items() if expected.required and _is_missing(context, name)
+        name
+        for name, expected in _expected(context).items()
+        if expected.required and expected.layer in present and _is_missing(context, name)
     ]
     for role, names in _by_role(name for name in missing if arch.role_of(name)[0] not in _BIAS_ROLES).items():
         if len(names) > _MANY:
