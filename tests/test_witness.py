@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_models import tiny_model
+from typer.testing import CliRunner
 
 from ggufkit import demo, diagnosis, reader, witness
+from ggufkit.cli import app
 from ggufkit.compare import Comparison, compare
 from ggufkit.errors import Unsupported, UsageError
 from ggufkit.runtime import load
@@ -50,6 +52,18 @@ def test_a_missing_package_is_said_with_the_extra_that_brings_it(name, monkeypat
         witness.load(name, gguf)
     assert witness.WITNESSES[name].extra in str(error.value.help)
     assert error.value.exit_code == 3
+
+
+@pytest.mark.parametrize("name", sorted(PACKAGES))
+def test_the_command_ends_with_3_and_writes_nothing_without_it(name, monkeypatch, tmp_path):
+    def refuse(module: str):
+        raise ModuleNotFoundError("No module named it", name=PACKAGES[name])
+
+    monkeypatch.setattr(witness, "import_module", refuse)
+    out = tmp_path / "theirs.safetensors"
+    done = CliRunner().invoke(app, ["trace", str(demo.MODEL), "--tokens", "1,2", "--engine", name, "-o", str(out)])
+    assert done.exit_code == 3
+    assert list(tmp_path.iterdir()) == []
 
 
 def against_reference(name: str, path: Path, ids: list[int], *, decode: bool, dtype: str | None = None) -> Comparison:

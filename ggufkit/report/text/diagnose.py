@@ -39,7 +39,8 @@ def diagnosis(
     if notes:
         lines += [heading("About the trace"), *(Text("  " + shown(said), "note") for said in notes), Text()]
     if found.ruled_out:
-        tried = f"  {plural(len(found.ruled_out), 'other known bug')} tried at these steps and ruled out"
+        other = "other known bug" if found.faults else "known bug"
+        tried = f"  {plural(len(found.ruled_out), other)} tried at these steps and ruled out"
         lines += [Text(tried, "note"), Padding(Text(", ".join(found.ruled_out), "note"), (0, 0, 1, 4))]
     show(console, *lines, *commands(again), Text(f"compared {plural(found.checked, 'step')}"))
 
