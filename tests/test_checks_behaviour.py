@@ -356,7 +356,7 @@ def test_the_real_biases_are_genuine(real_model: Path) -> None:
 def test_a_planted_ten_in_a_value_bias(real_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finding = one(real(real_model, monkeypatch, "blk.3.attn_v.bias", 40, 10.0), "B201")
     assert (finding.tensor, finding.index) == ("blk.3.attn_v.bias", (40,))
-    assert function(finding).numbers["delta"] < -0.3
+    assert function(finding).numbers["delta"] < -0.1
 
 
 @pytest.mark.real_model
