@@ -40,6 +40,8 @@ _LETTER_KEYS = {
 #: in the first and last blocks architectures may differ: dense before experts, prediction layers at the end
 _FIRST_EDGE, _LAST_EDGE, _MIN_BLOCKS = 3, 1, 8
 _MANY = 6
+#: names that a missing one is compared with; comparing is slow
+_COMPARED = 1000
 
 
 @rule("M301", "tensor-missing", ERROR, needs=[Need.CONFIG])
@@ -67,7 +69,7 @@ def tensor_missing(context: Context) -> Iterator[Found]:
             yield Found(f"{len(names)} layers have no {role}: {_layers(names)}", names[0])
             continue
         for name in names:
-            close = get_close_matches(name, unexpected, 1, 0.8)
+            close = get_close_matches(name, unexpected[:_COMPARED], 1, 0.8)
             hint = f"there is {close[0]!r}, probably the same under a wrong name" if close else None
             yield Found(f"the tensor {name!r} is missing" + (f"; {hint}" if hint else ""), name, help=hint)
 

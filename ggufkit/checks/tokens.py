@@ -304,12 +304,10 @@ def duplicate_token(context: Context) -> Iterator[Found]:
     words = context.words
     if len(words.ids) == len(words.tokens):
         return
-    for text, times in Counter(words.tokens).items():
-        if times > 1 and text:
-            first = words.ids[text]
-            second = words.tokens.index(text, first + 1)
-            message = f"the tokens {first} and {second} are both {text[:60]!r}"
-            yield Found(message, key=_KEY + "tokens", index=(second,))
+    for number, text in enumerate(words.tokens):
+        if text and (first := words.ids[text]) != number:
+            message = f"the tokens {first} and {number} are both {text[:60]!r}"
+            yield Found(message, key=_KEY + "tokens", index=(number,))
 
 
 @rule("T110", "padding-type", WARNING, needs=[Need.VOCABULARY])
