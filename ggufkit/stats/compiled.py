@@ -13,9 +13,9 @@ from ggufkit.quants import QuantType
 from ggufkit.quants.bits import F32, U8
 from ggufkit.quants.compiled import Buffers, Unpacker
 from ggufkit.quants.compiled import is_kept as unpacker_is_kept
+from ggufkit.stats.blocks import BLOCKS_KEPT, Deviations
 from ggufkit.stats.chunk import Chunk, Scanned
 from ggufkit.stats.deviation import Levels
-from ggufkit.stats.digest import BLOCKS_KEPT, Deviations, ScaleDigest
 from ggufkit.stats.layout import (
     BIN_ROOM,
     BINS,
@@ -35,6 +35,7 @@ from ggufkit.stats.layout import (
 from ggufkit.stats.plain import keys_of_runs
 from ggufkit.stats.results import ByteRun
 from ggufkit.stats.runs import SHORTEST_BYTE_RUN, ByteRuns
+from ggufkit.stats.scales import ScaleDigest
 
 _MODULE = "ggufkit.stats.kernels"
 

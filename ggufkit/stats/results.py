@@ -1,6 +1,6 @@
 """What one pass over a tensor finds out, as frozen data: the numbers that rules judge and pictures show.
 
-Nothing here computes over a tensor or judges. All moments and extremes are those of the finite values; NaN and
+Nothing here looks at a tensor or judges. All moments and extremes are those of the finite values; NaN and
 infinities are counted, with the place of the first. An element index counts in the file's order (C order of
 `shape`), a block index counts blocks from the beginning of the tensor, a byte offset counts from there too.
 
@@ -16,6 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 Counts = npt.NDArray[np.int64]
+
+#: the first bin, without its sign, of what is not finite
+_FIRST_SPECIAL = 0x7F800000 >> 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,14 @@ class Histogram:
     first: int
     negative: Counts
     positive: Counts
+
+    @classmethod
+    def of(cls, patterns: Counts) -> Histogram:
+        """From counts by the eleven top bits of the float32, zeros left out: the finite bins that hold something."""
+        positive, negative = (patterns[sign << 10 : (sign << 10) + _FIRST_SPECIAL] for sign in (0, 1))
+        present = np.flatnonzero(positive + negative)
+        first, stop = (int(present[0]), int(present[-1]) + 1) if len(present) else (0, 0)
+        return cls(first, negative[first:stop].copy(), positive[first:stop].copy())
 
     @property
     def counts(self) -> Counts:
