@@ -23,7 +23,7 @@ from ggufkit.errors import FormatError, GgufkitError, NewerThanTool, Unsupported
 from ggufkit.quants import BY_NAME, TYPES, QuantType
 from ggufkit.quants.fingerprint import MARKS, marked
 from ggufkit.stats import TensorStats, stream
-from ggufkit.stats.chunk import chunks
+from ggufkit.stats.chunk import CHUNK_BYTES, chunks
 from ggufkit.stats.runs import ByteRuns, Runs
 
 DECODABLE = [qtype for qtype in TYPES.values() if qtype.decodable]
@@ -511,7 +511,7 @@ class TestChunks:
         offset = element = block = 0
         for chunk in chunks(qtype, rows, length):
             assert (chunk.offset, chunk.first_element, chunk.first_block) == (offset, element, block)
-            assert chunk.nbytes <= 2 << 20
+            assert chunk.nbytes <= CHUNK_BYTES
             offset, element, block = offset + chunk.nbytes, element + chunk.n_elements, block + chunk.n_blocks
         assert (offset, element) == (rows * length // qtype.block_size * qtype.type_size, rows * length)
 

@@ -18,10 +18,10 @@ from ggufkit.stats.layout import BINS, FIRST_INF, FIRST_NAN, MAX, MAX_AT, MIN, M
 
 #: bytes of a chunk, at most: large enough for the work per chunk to vanish, small enough for the cache and for
 #: many cores to share one tensor
-CHUNK_BYTES = 2 << 20
+CHUNK_BYTES = 4 << 20
 
 #: elements of a chunk, at most: a byte of a one-bit type unpacks to seven times its size
-CHUNK_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS = 1 << 23
 
 
 @dataclass(frozen=True, slots=True)
