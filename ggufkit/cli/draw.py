@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ggufkit.plot.grid import Grid
     from ggufkit.stats import TensorStats
 
-Kind = Literal["histogram", "layers"]
+Kind = Literal["histogram", "layers", "outliers", "scales"]
 Measure = Literal["absmax", "std", "kurtosis", "zeros", "bits"]
 
 
@@ -118,6 +118,38 @@ def _layers(asked: _Asked) -> _Picture:
     )
 
 
+def _outliers(asked: _Asked) -> _Picture:
+    from ggufkit import reader, stats
+    from ggufkit.plot import outliers
+    from ggufkit.report.text import grid as text
+
+    with reader.open(asked.source) as gguf:
+
+        def row_sizes(tensor: Tensor) -> Any:
+            return stats.measure(gguf, tensor, keep_rows=True).rows.absmax
+
+        usual = next((role for role in outliers.USUAL if f"blk.0.{role}" in gguf.tensors), "attn_k.bias")
+        chosen = {tensor.name: tensor for tensor in _chosen(gguf, asked.globs or [f"blk.*.{usual}"])}
+        drawn = outliers.strips(gguf, chosen, row_sizes)
+
+    def on_terminal(console: Console) -> None:
+        for one in drawn:
+            text.grid(console, one.grid(), asked.source)
+
+    return _Picture(lambda title, theme: outliers.draw(drawn, title, theme), on_terminal)
+
+
+def _scales(asked: _Asked) -> _Picture:
+    from ggufkit.plot import scales
+    from ggufkit.report.text import plot as text
+
+    found = scales.rows(_measured(asked))
+    return _Picture(
+        lambda title, theme: scales.draw(found, title, theme),
+        lambda console: text.scales(console, found),
+    )
+
+
 def _bits(asked: _Asked) -> Grid:
     from ggufkit import reader
     from ggufkit.plot import layers
@@ -197,4 +229,6 @@ def _adding(advance: Callable[[float], None]) -> Callable[[int], None]:
 _KINDS: dict[str, Callable[[_Asked], _Picture]] = {
     "histogram": _histogram,
     "layers": _layers,
+    "outliers": _outliers,
+    "scales": _scales,
 }

@@ -6,6 +6,7 @@ spans the bulk, and what is beyond it has a colour of its own; the number itself
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -109,12 +110,12 @@ def draw(grids: Sequence[Grid], title: str, caption: str = "", theme: Theme = LI
     return figure
 
 
-def heat(axes: Axes, grid: Grid, theme: Theme, *, rows: bool = True) -> AxesImage:
-    """The map itself, with its labels, notes and marks, in a panel."""
+def heat(axes: Axes, grid: Grid, theme: Theme, *, rows: bool = True, parted: bool = True) -> AxesImage:
+    """The map itself, with its labels, notes and marks, in a panel; `parted` puts paper between the cells."""
     from matplotlib import colormaps
 
     low, high = grid.limits()
-    colours = colormaps[COLOURS].with_extremes(bad=theme.paper, under=theme.line, over=theme.orange)
+    colours = colormaps[COLOURS].with_extremes(bad=theme.paper, over=theme.orange)
     image = axes.imshow(
         grid.scaled(), cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="none", origin="upper"
     )
@@ -122,7 +123,8 @@ def heat(axes: Axes, grid: Grid, theme: Theme, *, rows: bool = True) -> AxesImag
     axes.spines[:].set_visible(False)
     axes.tick_params(labelsize=8, length=0, labelcolor=theme.ink)
     _ticks(axes, grid, rows=rows)
-    _gaps(axes, grid, theme)
+    if parted:
+        _gaps(axes, grid, theme)
     for number, note in enumerate(grid.notes):
         axes.annotate(
             note, (1, number), (4, 0), ("axes fraction", "data"), "offset points",
@@ -164,8 +166,12 @@ def _cell(count: int, usual: float, most: float) -> float:
 
 
 def _ticks(axes: Axes, grid: Grid, *, rows: bool) -> None:
-    every = max(1, -(-len(grid.columns) * 0.2 // _width(grid)))
-    shown = range(0, len(grid.columns), int(every))
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    across = axes.get_position().width * figure.get_size_inches()[0]
+    longest = max(map(len, grid.columns), default=1)
+    every = max(1, math.ceil(len(grid.columns) * (0.06 * longest + 0.09) / across))
+    shown = range(0, len(grid.columns), every)
     axes.set_xticks(list(shown), [grid.columns[at] for at in shown])
     axes.set_xlabel(grid.column_axis, fontsize=8.5, color=axes.xaxis.label.get_color(), labelpad=3)
     axes.xaxis.label.set_color(axes.xaxis.get_tick_params()["labelcolor"])

@@ -49,7 +49,7 @@ _ORDER = {
 }
 
 
-def _order(role: str) -> tuple[int, str]:
+def order(role: str) -> tuple[int, str]:
     """The place of a role in the forward pass, a bias after its weight; roles that are not known come last."""
     stem, _, kind = role.rpartition(".")
     return _ORDER.get(f"{stem}.weight", len(_ORDER)), {"weight": "", "bias": "bias"}.get(kind, role)
@@ -80,7 +80,7 @@ def arrange(values: Mapping[str, float], quantity: str, marks: Mapping[str, str]
     """Numbers by tensor as a map of role × layer, the roles in the order of the forward pass."""
     places = {name: role_of(name) for name in values}
     n_layers = max((layer for _, layer in places.values() if layer is not None), default=0) + 1
-    roles = sorted(dict.fromkeys(role for role, _ in places.values()), key=_order)
+    roles = sorted(dict.fromkeys(role for role, _ in places.values()), key=order)
     row_of = {role: row for row, role in enumerate(roles)}
     cells = np.full((len(roles), n_layers), np.nan)
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""Histograms on the terminal: one as a chart of block characters, several as a line each."""
+"""Histograms on the terminal: one as a chart of block characters, several as a line each; block scales likewise."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from ggufkit.plot.histogram import Histogram
+from ggufkit.plot.scales import ScaleRow
 from ggufkit.report.escape import shown
 from ggufkit.report.text.style import count_text, listing, number_text, shape_text, show
 
@@ -29,6 +30,27 @@ def histograms(console: Console, drawn: Sequence[Histogram]) -> None:
         show(console, *_chart(drawn[0], min(console.width - 10, _WIDEST)))
     else:
         show(console, _lines(drawn, console.width))
+
+
+def scales(console: Console, found: Sequence[ScaleRow]) -> None:
+    """Print a line a tensor: how its scales spread on one axis, and the ends."""
+    low = min(row.first for row in found)
+    high = max(row.first + row.counts.size for row in found)
+    longest = max(len(row.name) for row in found)
+    room = min(max(console.width - longest - 52, _SPARK[0]), _SPARK[1], high - low)
+    table = listing(
+        "tensor", "type", "log counts", "smallest", "median", "largest", "zero",
+        right=("smallest", "median", "largest", "zero"), wide="tensor",
+    )  # fmt: skip
+    for row in found:
+        places = (np.arange(row.counts.size) + row.first - low) * room // (high - low)
+        counts = np.bincount(places, row.counts, room).astype(np.int64)
+        spark = Text("".join(_BLOCKS[level] for level in _levels(counts, 8)), "info")
+        figures = (f"{value:.2g}" for value in (row.smallest, row.median, row.largest))
+        zero = Text(f"{row.n_nonfinite:,} NaN/Inf", "error") if row.n_nonfinite else Text(f"{row.n_zero:,}")
+        name = Text(shown(row.name), no_wrap=True, overflow="ellipsis")
+        table.add_row(name, Text(row.type, "type"), spark, *figures, zero)
+    show(console, table)
 
 
 def _chart(one: Histogram, width: int) -> list[RenderableType]:
