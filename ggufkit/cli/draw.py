@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ggufkit.cli.common import Source, command, note, print_line, progress, stderr, stdout, writing
+from ggufkit.cli.common import command, note, print_line, progress, stderr, stdout, writing
 from ggufkit.report.escape import shown
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from ggufkit.plot.grid import Grid
     from ggufkit.stats import TensorStats
 
-Kind = Literal["histogram", "layers", "outliers", "scales"]
+Kind = Literal["histogram", "layers", "outliers", "scales", "activations", "attention"]
+_TRACE = ".safetensors"
+_ACROSS = "a bar across: outside the layers    ·    at the right: the largest of the row, and its layer"
 Measure = Literal["absmax", "std", "kurtosis", "zeros", "bits"]
 
 
@@ -35,6 +37,9 @@ class _Asked:
     globs: list[str]
     measure: str
     findings: bool
+    against: Path | None
+    layer: int | None
+    head: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +57,7 @@ def register(app: typer.Typer) -> None:
 
 @command
 def plot(
-    source: Source,
+    source: Annotated[str, typer.Argument(metavar="SOURCE|TRACE", help="A GGUF file, or a trace (.safetensors).")],
     globs: Annotated[
         list[str] | None,
         typer.Argument(metavar="[TENSOR-GLOB]...", help="Which tensors, for instance 'blk.*.attn_k.bias'."),
@@ -60,21 +65,32 @@ def plot(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="A .png, .svg or .pdf file.")
     ] = None,
-    kind: Annotated[Kind, typer.Option(help="What to draw.")] = "histogram",
+    kind: Annotated[
+        Kind | None,
+        typer.Option(help="What to draw: by default histogram, of a trace activations.", show_default=False),
+    ] = None,
     measure: Annotated[Measure, typer.Option(help="For layers: which number of each tensor.")] = "absmax",
     findings: Annotated[
         bool, typer.Option("--findings", help="For layers: validate as well, and mark what is found.")
     ] = False,
+    against: Annotated[
+        Path | None, typer.Option(metavar="TRACE", help="For activations: another trace; draws the error by step.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="For attention: by default the first in the trace.")
+    ] = None,
+    head: Annotated[int, typer.Option(metavar="N", min=0, help="For attention.")] = 0,
     dark: Annotated[bool, typer.Option("--dark", help="Light on dark.")] = False,
     terminal: Annotated[bool, typer.Option("--terminal", help="Draw on the terminal.")] = False,
 ) -> None:
-    """Draw a file's numbers: histograms of tensors, or the whole model as a map."""
+    """Draw a file's numbers, or the steps of a trace."""
     from ggufkit import plot as pictures
 
+    kind = kind or ("activations" if Path(source).suffix == _TRACE else "histogram")
     target = output or Path(f"{Path(source).stem}-{kind}.png")
     if not terminal:
         pictures.check_format(target)
-    picture = _KINDS[kind](_Asked(source, globs or [], measure, findings))
+    picture = _KINDS[kind](_Asked(source, globs or [], measure, findings, against, layer, head))
     if terminal:
         picture.on_terminal(stdout())
         return
@@ -111,9 +127,8 @@ def _layers(asked: _Asked) -> _Picture:
     else:
         measured, marks = _judged(asked) if asked.findings else (_measured(asked), {})
         drawn = layers.of_stats(measured, asked.measure, marks)
-    caption = "a bar across: outside the layers    ·    at the right: the largest of the row, and its layer"
     return _Picture(
-        lambda title, theme: maps.draw([drawn], title, caption, theme),
+        lambda title, theme: maps.draw([drawn], title, _ACROSS, theme),
         lambda console: text.grid(console, drawn, asked.source),
     )
 
@@ -147,6 +162,44 @@ def _scales(asked: _Asked) -> _Picture:
     return _Picture(
         lambda title, theme: scales.draw(found, title, theme),
         lambda console: text.scales(console, found),
+    )
+
+
+def _activations(asked: _Asked) -> _Picture:
+    from ggufkit import compare, trace
+    from ggufkit.plot import activations
+    from ggufkit.plot import grid as maps
+    from ggufkit.report.text import grid as text
+
+    first = trace.load(asked.source)
+    if asked.against is None:
+        both = activations.sizes(first.arrays, first.first_position)
+
+        def on_terminal(console: Console) -> None:
+            for one in both:
+                text.grid(console, one, asked.source)
+
+        return _Picture(lambda title, theme: maps.draw(both, title, _ACROSS, theme), on_terminal)
+    found = compare.compare(first, trace.load(asked.against))
+    name = f" against {asked.against.name}"
+    return _Picture(
+        lambda title, theme: activations.draw_errors(found, title + name, theme),
+        lambda console: text.grid(console, activations.errors(found), asked.source + name),
+    )
+
+
+def _attention(asked: _Asked) -> _Picture:
+    from ggufkit import trace
+    from ggufkit.plot import attention
+    from ggufkit.plot import grid as maps
+    from ggufkit.report.text import grid as text
+
+    opened = trace.load(asked.source)
+    drawn = attention.head(opened.arrays, opened.first_position, asked.layer, asked.head)
+    caption = attention.caption(drawn)
+    return _Picture(
+        lambda title, theme: maps.draw([drawn], title, caption, theme),
+        lambda console: text.grid(console, drawn, f"{asked.source}  {caption}"),
     )
 
 
@@ -231,4 +284,6 @@ _KINDS: dict[str, Callable[[_Asked], _Picture]] = {
     "layers": _layers,
     "outliers": _outliers,
     "scales": _scales,
+    "activations": _activations,
+    "attention": _attention,
 }
