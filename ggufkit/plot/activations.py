@@ -65,9 +65,7 @@ def _counted(name: str, array: Array, first_position: int) -> tuple[NDArray[np.f
 
 def errors(found: Comparison) -> Grid:
     """The relative error of each step of two traces; the first that differs is marked."""
-    values = {
-        row.name: min(max(row.error, _LEAST), _MOST) for row in found.rows if row.status not in ("shape", "apart")
-    }
+    values = {row.name: min(row.error, _MOST) for row in found.rows if row.status not in ("shape", "apart")}
     marks = {full_name(found.first.step, found.first.layer): "error"} if found.first else {}
     return arrange(values, "relative error of the worst position", marks)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -116,9 +116,8 @@ def heat(axes: Axes, grid: Grid, theme: Theme, *, rows: bool = True, parted: boo
 
     low, high = grid.limits()
     colours = colormaps[COLOURS].with_extremes(bad=theme.paper, over=theme.orange)
-    image = axes.imshow(
-        grid.scaled(), cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="none", origin="upper"
-    )
+    placed = np.nan_to_num(grid.scaled(), nan=np.nan, neginf=low - 1, posinf=high + 1)  # matplotlib drops infinities
+    image = axes.imshow(placed, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="none", origin="upper")
     axes.set_facecolor(theme.paper)
     axes.spines[:].set_visible(False)
     axes.tick_params(labelsize=8, length=0, labelcolor=theme.ink)
@@ -140,8 +139,8 @@ def colour_bar(figure: Figure, place: Axes, image: AxesImage, grid: Grid, theme:
     scaled = grid.scaled()
     under, over = bool((scaled < low).any()), bool((scaled > high).any())
     extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[under, over]
-    bar = figure.colorbar(image, cax=place, extend=extend)  # type: ignore[arg-type]
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar = figure.colorbar(image, cax=place, extend=extend)
+    bar.outline.set_visible(False)
     ticks = _scale_ticks(low, high) if grid.logarithmic else np.linspace(low, high, 5).tolist()
     bar.set_ticks(ticks, labels=[f"{10**tick if grid.logarithmic else tick:.3g}" for tick in ticks])
     place.tick_params(labelsize=7.5, length=2, color=theme.line, labelcolor=theme.ink)
@@ -199,7 +198,7 @@ def _signs(axes: Axes, grid: Grid, theme: Theme) -> None:
             axes.scatter(*zip(*places, strict=True), **_sign(kind, sign, theme), zorder=3)
 
 
-def _sign(kind: str, sign: str, theme: Theme) -> dict[str, object]:
+def _sign(kind: str, sign: str, theme: Theme) -> dict[str, Any]:
     """A sign with a rim, so that it is seen on any colour."""
     colour = {"warning": theme.orange, "info": "#FFFFFF"}.get(kind, theme.red)
     return {"marker": sign, "s": 46, "c": colour, "edgecolors": "#101010" if kind == "info" else "white", "lw": 0.9}
@@ -212,7 +211,7 @@ def _legend(figure: Figure, kinds: set[str], theme: Theme) -> None:
     for kind in [kind for kind in MARKS if kind in kinds]:
         sign = _sign(kind, MARKS[kind], theme)
         handles.append(
-            Line2D([], [], ls="", marker=MARKS[kind], ms=7, mfc=str(sign["c"]), mec=str(sign["edgecolors"]), label=kind)
+            Line2D([], [], ls="", marker=MARKS[kind], ms=7, mfc=sign["c"], mec=sign["edgecolors"], label=kind)
         )
     width, height = figure.get_size_inches()
     legend = figure.legend(

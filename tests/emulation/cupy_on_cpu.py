@@ -128,7 +128,8 @@ def _wrapper(name: str, parameters: str, together: bool) -> str:
     arguments = ", ".join(f"*({kind}*)a[{i}]" for i, kind in enumerate(kinds))
     return (
         f'extern "C" int launch_{name}(unsigned x, unsigned y, unsigned z, unsigned threads, size_t shared, void** a)'
-        f" {{ return !simt::launch({{x, y, z}}, threads, shared, {str(together).lower()}, [=] {{ {name}({arguments}); }}); }}"
+        f" {{ return !simt::launch({{x, y, z}}, threads, shared, {str(together).lower()},"
+        f" [=] {{ {name}({arguments}); }}); }}"
     )
 
 
