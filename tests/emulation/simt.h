@@ -41,7 +41,7 @@ struct Fiber {
     ucontext_t context;
     std::vector<unsigned char> stack;
     Dim thread, block;
-    Barrier *warp, *whole;
+    Barrier *warp, *whole, *first;  // `first`: of the block's first threads, however many a kernel says
     unsigned char* shared;
     bool done = false;
 };
@@ -79,7 +79,7 @@ template <class T> T exchange(T value, int from) {
 // Run `count` blocks from `first` on at the same time.
 inline bool run_blocks(Dim g, unsigned first, unsigned blocks, unsigned n_threads, size_t shared_bytes) {
     std::vector<std::vector<unsigned char>> memory(blocks);
-    std::vector<Barrier> whole(blocks), warps(blocks * (n_threads / 32));
+    std::vector<Barrier> whole(blocks), first_threads(blocks), warps(blocks * (n_threads / 32));
     std::vector<Fiber> fibers(blocks * n_threads);
     for (unsigned b = 0; b < blocks; b++) {
         memory[b].resize(shared_bytes + 128);
@@ -89,7 +89,7 @@ inline bool run_blocks(Dim g, unsigned first, unsigned blocks, unsigned n_thread
             Fiber& f = fibers[b * n_threads + t];
             const unsigned n = first + b;
             f.thread = {t, 0, 0}, f.block = {n % g.x, n / g.x % g.y, n / (g.x * g.y)};
-            f.whole = &whole[b], f.warp = &warps[b * (n_threads / 32) + t / 32];
+            f.whole = &whole[b], f.first = &first_threads[b], f.warp = &warps[b * (n_threads / 32) + t / 32];
             f.warp->size = 32;
             f.shared = (unsigned char*)(((uintptr_t)memory[b].data() + 127) & ~(uintptr_t)127);
             f.stack.resize(96 << 10);
@@ -138,6 +138,11 @@ inline bool launch(Dim g, unsigned n_threads, size_t shared_bytes, bool together
 #define blockDim (simt::threads)
 
 static inline void __syncthreads() { simt::arrive(simt::current->whole, nullptr, 0, 0); }
+static inline void pause() { simt::yield(); }
+static inline void sync_first(unsigned n) {
+    simt::current->first->size = n;
+    simt::arrive(simt::current->first, nullptr, 0, 0);
+}
 static inline void __syncwarp() { simt::arrive(simt::current->warp, nullptr, 0, 0); }
 static inline void __threadfence() {}
 template <class T> static inline T __shfl_xor_sync(unsigned, T v, int mask) { return simt::exchange(v, simt::lane() ^ mask); }
@@ -146,6 +151,8 @@ static inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); re
 static inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
 static inline float __int_as_float(int u) { float f; memcpy(&f, &u, 4); return f; }
 static inline int __float_as_int(float f) { int u; memcpy(&u, &f, 4); return u; }
+static inline float rsqrtf(float x) { return (float)(1 / std::sqrt((double)x)); }
+static inline float __fdividef(float x, float y) { return x / y; }
 static inline int __float2int_rn(float f) { return f != f ? 0 : (int)nearbyintf(f); }
 static inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
     unsigned char bytes[8];
@@ -169,7 +176,10 @@ static inline float half_to_float(u16 h) { _Float16 x; memcpy(&x, &h, 2); return
 static inline u16 float_to_half(float f) { _Float16 x = (_Float16)f; u16 h; memcpy(&h, &x, 2); return h; }
 static inline u32 warp_max(u32 v) { for (int s = 16; s; s >>= 1) v = max(v, __shfl_xor_sync(FULL, v, s)); return v; }
 
-template <bool SIGNED> static inline void mma_words(int (&c)[4], const u32* a, const u32* b, int halves) {
+#define MAGIC 12582912.0f
+#define MAGIC_BITS 0x4b400000
+template <bool SIGNED> static inline void mma_words(int (&c)[4], const u32* a, const u32* b, int halves, const uint4& begin) {
+    c[0] = begin.x, c[1] = begin.y, c[2] = begin.z, c[3] = begin.w;
     struct Words { u32 a[4], b[2]; } mine = {};
     for (int i = 0; i < 2 * halves; i++) mine.a[i] = a[i];
     for (int i = 0; i < halves; i++) mine.b[i] = b[i];
@@ -189,13 +199,13 @@ template <bool SIGNED> static inline void mma_words(int (&c)[4], const u32* a, c
                     }
             }
 }
-template <bool SIGNED> static inline void mma_k16(int (&c)[4], u32 a0, u32 a1, u32 b) {
+template <bool SIGNED> static inline void mma_k16(int (&c)[4], u32 a0, u32 a1, u32 b, const uint4& begin) {
     const u32 a[2] = {a0, a1};
-    mma_words<SIGNED>(c, a, &b, 1);
+    mma_words<SIGNED>(c, a, &b, 1, begin);
 }
-template <bool SIGNED> static inline void mma_k32(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+template <bool SIGNED> static inline void mma_k32(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, const uint4& begin) {
     const u32 b[2] = {b0, b1};
-    mma_words<SIGNED>(c, a, b, 2);
+    mma_words<SIGNED>(c, a, b, 2, begin);
 }
 
 static inline void mma_halves(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -233,7 +243,8 @@ static inline uint4 load_shared_line(const void* at) { return *(const uint4*)at;
 
 static inline void gate_init(u64* gate) { *gate = 0; }
 static inline void gates_ready() {}
-static inline void copy_start(void* to, const void* from, u32 bytes, u64* gate) {
+static inline u64 read_once() { return 0; }
+static inline void copy_start(void* to, const void* from, u32 bytes, u64* gate, u64) {
     memcpy(to, from, bytes);
     ++*gate;
     simt::moves++;

@@ -27,10 +27,11 @@ Floats = NDArray[np.float32]
 
 DECODERS = ("device.cuh", "tiles.cuh", "legacy.cuh", "k_quants.cuh", "floats.cuh", "product.cuh", "model.cuh")
 KERNELS = (*DECODERS, "decode.cu")
-WARPS = 16
+WARPS = 15  # and the courier's
 MAX_SPLITS = 9
 _BULK_COPIES = 90  # the compute capability that has them
 _RING_MOST = 16 << 10
+_PLAN_POINTERS = 14  # of `Plan` in decode.cu
 
 
 def model_macros(config: Config, weights: DeviceWeights, kv_half: bool) -> dict[str, int | str]:
@@ -55,14 +56,15 @@ def model_macros(config: Config, weights: DeviceWeights, kv_half: bool) -> dict[
 def vector_bytes(chunks: int, types: int) -> int:
     """Shared memory of a vector of 128 · `chunks` columns: see product.cuh."""
     floats = types & (1 << 0 | 1 << 1 | 1 << 30)
-    return -(-chunks * (384 + 128 + 64 + 4 + (512 if floats else 0)) // 16) * 16
+    return -(-chunks * (384 + 128 + 64 + 4 + (512 if floats else 0)) // 16) * 16 + 16
 
 
 def fixed_bytes(config: Config, work: Work, types: int) -> int:
     """Shared memory of a block without the rings: `SHARED_TOTAL` of decode.cu for RING_BYTES = 0."""
     chunks = -(-config.n_embd // 128)
-    floats = 2 * config.n_embd + chunks + 3 * config.head_dim + work.warps * (config.head_dim + 2) + 8
-    return vector_bytes(work.vector_chunks, types) + work.slots * 64 + work.warps * GATES * 8 + 4 * floats
+    floats = 2 * config.n_embd + chunks + work.warps + 3 * config.head_dim + work.warps * (config.head_dim + 2) + 8
+    plan = 8 * _PLAN_POINTERS
+    return vector_bytes(work.vector_chunks, types) + work.slots * 64 + work.warps * GATES * 8 + plan + 4 * floats
 
 
 def ring_bytes(device: gpu.Device, fixed: int, warps: int, largest_unit: int) -> int:
@@ -97,6 +99,7 @@ class Decoder:
         fixed = fixed_bytes(config, self.work, weights.types)
         self._ring = ring_bytes(device, fixed, WARPS, self.work.largest_unit)
         self._shared = fixed + WARPS * self._ring
+        self._threads = 32 * (WARPS + (self._ring > 0))  # the courier's warp comes on top
         self._macros = {
             **model_macros(config, weights, kv_half),
             "WARPS": WARPS,
@@ -121,7 +124,6 @@ class Decoder:
         cupy, config = self._cupy, self._config
         tables = self.work.tables(self._ring)
         arrays = [cupy.asarray(table) for table in (tables.units, tables.lists, tables.spans, tables.tiles)]
-        layers = cupy.asarray(np.array([self._layer_pointers(n) for n in range(config.n_layer)], np.uint64))
         sizes = (
             config.q_width + 2 * config.kv_width,
             config.n_head * MAX_SPLITS * config.head_dim,
@@ -133,15 +135,11 @@ class Decoder:
         )
         starts = np.cumsum([0, *(-(-size // 16) * 16 for size in sizes)])
         words = cupy.zeros((int(starts[-1]), 2), cupy.uint32)
-        pointers = [int(array.data.ptr) for array in (*arrays, layers)]
-        pointers += [self._weights.embd.address, self._weights.vector_address("output_norm.weight")]
+        pointers = [int(array.data.ptr) for array in arrays]
+        pointers += [self._weights.vectors_address, self._weights.embd.address]
         pointers += [int(self._rope.data.ptr), *(int(words.data.ptr) + 8 * int(start) for start in starts[:-1])]
         self._plan = cupy.asarray(np.array(pointers, np.uint64))
-        self._kept = (*arrays, layers, words)
-
-    def _layer_pointers(self, n: int) -> list[int]:
-        names = ("attn_norm.weight", "ffn_norm.weight", "attn_q.bias", "attn_q_norm.weight", "attn_k_norm.weight")
-        return [self._weights.vector_address(f"blk.{n}.{name}") for name in names]
+        self._kept = (*arrays, words)
 
     def run(
         self,
@@ -163,7 +161,7 @@ class Decoder:
         numbers = (np.int32(cache.n_ctx), np.int32(cache.length), np.int32(n_tokens), np.uint32(self._epoch))
         optional = (0 if array is None else array for array in (logits, trace, scores))
         arguments = (self._plan, cache.k, cache.v, *numbers, ids, chances, *optional)
-        self._kernel((self._n_blocks,), (WARPS * 32,), arguments, shared_mem=self._shared)
+        self._kernel((self._n_blocks,), (self._threads,), arguments, shared_mem=self._shared)
         self._epoch += n_tokens * (self._config.n_layer + 1)
         cache.length += n_tokens
 

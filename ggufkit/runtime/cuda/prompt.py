@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,10 @@ _TILE = 64  # positions of a block of `attend`, keys of a tile
 _EXACT_ROWS = 16  # positions of a block of `attend_exact`
 
 
+_CUDA_R_32F, _CUDA_R_16F = 0, 2  # cudaDataType
+_ONE, _ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
+
+
 @dataclass(frozen=True, slots=True)
 class _Wide:
     """A layer's matrices in the products' precision, [out, in] each; `gate` has the rows of gate and up."""
@@ -43,6 +48,32 @@ class _Wide:
     out: Any
     gate: Any
     down: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What a chunk of n positions needs on its way through the layers; made once for chunks of one length.
+
+    Attributes:
+        x: the residual stream, f32 [n, E].
+        power: of the rows of the product that comes next, f32 [n].
+        normed, narrowed, activated: inputs of products, [n, E], [n, H·D], [n, F].
+        qkv, gate, product: outputs of products, f32 [n, (H + 2K)·D], [n, rows of gate and up], [n, E].
+        queries, attended: f32 [n, H·D].
+        act: f32 [n, F].
+    """
+
+    x: Any
+    power: Any
+    normed: Any
+    narrowed: Any
+    activated: Any
+    qkv: Any
+    gate: Any
+    product: Any
+    queries: Any
+    attended: Any
+    act: Any
 
 
 class PromptRunner:
@@ -56,11 +87,12 @@ class PromptRunner:
         self._config = config
         self._weights = weights
         self._rope = rope
-        self._half = half
         self._cupy = gpu.library()
-        self._wide_type = self._cupy.float16 if half else self._cupy.float32
+        self._cublas = import_module("cupy_backends.cuda.libs").cublas
+        self._wide_type, self._kind = (self._cupy.float16, _CUDA_R_16F) if half else (self._cupy.float32, _CUDA_R_32F)
         self._macros = {**model_macros(config, weights, half), "WIDE_HALF": int(half)}
         self._kept: list[_Wide] | None = None
+        self._last_room: _Room | None = None
         self._buffer: _Wide | None = None
         self._tiled = half and config.head_dim % 16 == 0 and config.head_dim <= 128
 
@@ -77,56 +109,72 @@ class PromptRunner:
 
     def run(self, ids: Any, cache: CudaCache, tap: Tap | None) -> Any:
         """Run a chunk, int32 [n] on the device, after what the cache holds; the final norm's output, f32 [n, E]."""
-        cupy, config = self._cupy, self._config
         n = len(ids)
-        show = _Viewer(cupy, tap)
-        x = cupy.empty((n, config.n_embd), cupy.float32)
-        self._launch("embed_rows", (n,), 256, self._weights.embd.address, ids, x)
-        show("embd", None, x)
-        product, power = None, cupy.empty(n, cupy.float32)
+        show = _Viewer(self._cupy, tap)
         self._prepare_weights()
-        for layer in range(config.n_layer):
-            product = self._layer(layer, x, product, power, cache, show)
+        room = self._room(n)
+        self._launch("embed_rows", (n,), 256, self._weights.embd.address, ids, room.x)
+        show("embd", None, room.x)
+        for layer in range(self._config.n_layer):
+            self._layer(layer, room, cache, show)
         cache.length += n
-        normed = cupy.empty_like(x)
-        self._add_norm(x, product, power, "output_norm.weight", None, normed, show, config.n_layer)
+        normed = self._cupy.empty_like(room.x)
+        self._between_layers(self._config.n_layer, room, "output_norm.weight", None, normed, show)
         return normed
 
-    def _layer(self, layer: int, x: Any, product: Any, power: Any, cache: CudaCache, show: _Viewer) -> Any:
-        """One layer: the residual stream x without, and the output of the down projection, which is yet to be added."""
-        config, wide = self._config, self._wide(layer)
-        n = len(x)
-        normed = self._empty(n, config.n_embd)
+    def _room(self, n: int) -> _Room:
+        if self._last_room is None or len(self._last_room.x) != n:
+            self._last_room = None  # free the memory first
+            config, floats = self._config, self._cupy.float32
+            width, gates = config.q_width, _wide_shape(self._weights.layers[0], "gate")[0]
+            wide = (config.n_embd, width, config.n_ff)
+            plain = (width + 2 * config.kv_width, gates, config.n_embd, width, width, config.n_ff)
+            with gpu.memory_for(f"a prompt of {n:,} positions at once"):
+                self._last_room = _Room(
+                    self._cupy.empty((n, config.n_embd), floats),
+                    self._cupy.empty(n, floats),
+                    *(self._empty(n, columns) for columns in wide),
+                    *(self._cupy.empty((n, columns), floats) for columns in plain),
+                )
+        return self._last_room
+
+    def _layer(self, layer: int, room: _Room, cache: CudaCache, show: _Viewer) -> None:
+        """One layer. The output of its down projection is left in `room.product`, to be added by whoever norms next."""
+        config, wide, n = self._config, self._wide(layer), len(room.x)
         exact = show.array("attn_norm", layer, n, config.n_embd)
-        self._add_norm(x, product, power, f"blk.{layer}.attn_norm.weight", normed, exact, show, layer)
+        self._between_layers(layer, room, f"blk.{layer}.attn_norm.weight", room.normed, exact, show)
         show("attn_norm", layer, exact)
-        attended = self._attention(layer, self._multiply(normed, wide.qkv), power, cache, show)
-        narrowed = self._empty(n, config.q_width)
-        self._launch("narrow", (n,), 256, attended, np.int32(config.q_width), narrowed, power, shared=_SCRATCH)
-        product = self._multiply(narrowed, wide.out)
+        self._product(room.normed, wide.qkv, room.qkv)
+        self._attention(layer, room, cache, show)
+        width = np.int32(config.q_width)
+        self._launch("narrow", (n,), 256, room.attended, width, room.narrowed, room.power, shared=_SCRATCH)
+        self._product(room.narrowed, wide.out, room.product)
         added, exact = (show.array(step, layer, n, config.n_embd) for step in ("attn_out", "ffn_norm"))
-        norm = self._weights.vector_address(f"blk.{layer}.ffn_norm.weight")
-        self._launch("add_norm", (n,), 256, x, product, power, norm, normed, power, added, exact, shared=_SCRATCH)
+        self._add_norm(room, room.product, f"blk.{layer}.ffn_norm.weight", room.normed, added, exact)
         show("attn_out", layer, added)
-        show("ffn_inp", layer, x)
+        show("ffn_inp", layer, room.x)
         show("ffn_norm", layer, exact)
-        return self._multiply(self._activate(layer, self._multiply(normed, wide.gate), power, show), wide.down)
+        self._product(room.normed, wide.gate, room.gate)
+        self._activate(layer, room, show)
+        self._product(room.activated, wide.down, room.product)
 
-    def _add_norm(
-        self, x: Any, product: Any, power: Any, weight: str, wide: Any, exact: Any, show: _Viewer, layer: int
-    ) -> None:
-        """Add the last layer's product to x, and norm: what lies between two layers."""
-        added = show.array("ffn_out", layer - 1, *x.shape) if product is not None else None
-        norm = self._weights.vector_address(weight)
-        self._launch("add_norm", (len(x),), 256, x, product, power, norm, wide, power, added, exact, shared=_SCRATCH)
-        if product is not None:
+    def _between_layers(self, layer: int, room: _Room, weight: str, wide: Any, exact: Any, show: _Viewer) -> None:
+        """Add what the layer before left, and norm."""
+        added = show.array("ffn_out", layer - 1, *room.x.shape) if layer else None
+        self._add_norm(room, room.product if layer else None, weight, wide, added, exact)
+        if layer:
             show("ffn_out", layer - 1, added)
-            show("l_out", layer - 1, x)
+            show("l_out", layer - 1, room.x)
 
-    def _attention(self, layer: int, product: Any, power: Any, cache: CudaCache, show: _Viewer) -> Any:
-        """From the product of q, k and v to the heads' weighted values, f32 [n, H·D]."""
-        cupy, config = self._cupy, self._config
-        n, width = product.shape
+    def _add_norm(self, room: _Room, product: Any, weight: str, wide: Any, added: Any, exact: Any) -> None:
+        norm = self._weights.vector_address(weight)
+        arguments = (room.x, product, room.power, norm, wide, room.power, added, exact)
+        self._launch("add_norm", (len(room.x),), 256, *arguments, shared=_SCRATCH)
+
+    def _attention(self, layer: int, room: _Room, cache: CudaCache, show: _Viewer) -> None:
+        """From the product of q, k and v to the heads' weighted values, `room.attended`."""
+        config = self._config
+        n, width = room.qkv.shape
         turned_width = config.q_width + config.kv_width
         traced = {
             name: show.any(names, layer, n, size)
@@ -137,17 +185,25 @@ class PromptRunner:
                 ("rope", ("q_rope", "k_rope"), turned_width),
             )
         }
-        queries = cupy.empty((n, config.q_width), cupy.float32)
         names = (f"blk.{layer}.attn_{name}" for name in ("q.bias", "q_norm.weight", "k_norm.weight"))
         vectors = (self._weights.vector_address(name) for name in names)
         where = (np.int32(cache.n_ctx), np.int32(cache.length))
         heads = config.n_head + 2 * config.n_head_kv
-        arguments = (product, power, *vectors, self._rope, queries, cache.k, cache.v, *where, np.int32(layer))
+        arguments = (
+            room.qkv,
+            room.power,
+            *vectors,
+            self._rope,
+            room.queries,
+            cache.k,
+            cache.v,
+            *where,
+            np.int32(layer),
+        )
         self._launch("turn", (heads, n), 32, *arguments, *traced.values())
         self._show_heads(layer, traced, show)
-        out = cupy.empty((n, config.q_width), cupy.float32)
         scores = show.any(("kq", "kq_soft_max"), layer, n * config.n_head, cache.length + n)
-        arguments = (queries, cache.k, cache.v, *where, np.int32(n), np.int32(layer), out, scores)
+        arguments = (room.queries, cache.k, cache.v, *where, np.int32(n), np.int32(layer), room.attended, scores)
         if self._tiled:
             shared = 2 * _TILE * (config.head_dim + 8) * 2
             self._launch("attend", (-(-n // _TILE), config.n_head), 128, *arguments, shared=shared)
@@ -159,8 +215,7 @@ class PromptRunner:
             keys = np.int32(cache.length + n)
             self._launch("soften", (n * config.n_head,), 256, scores, keys, np.int32(cache.length), shared=_SCRATCH)
             show("kq_soft_max", layer, scores.reshape(shape))
-        show("kqv", layer, out)
-        return out
+        show("kqv", layer, room.attended)
 
     def _show_heads(self, layer: int, traced: dict[str, Any], show: _Viewer) -> None:
         config = self._config
@@ -173,20 +228,17 @@ class PromptRunner:
                 part = array[:, cuts[i] : cuts[i + 1]]
                 show(f"{letter}_{name}", layer, part if flat else part.reshape(len(part), -1, config.head_dim))
 
-    def _activate(self, layer: int, product: Any, power: Any, show: _Viewer) -> Any:
-        """silu(gate) · up as the next product's input; `power` becomes that of its rows."""
-        config = self._config
-        n, width = product.shape
-        act = self._cupy.empty((n, config.n_ff), self._cupy.float32)
-        wide = self._empty(n, config.n_ff)
-        gates, ups = (show.any(("ffn_gate", "ffn_up"), layer, n, config.n_ff) for _ in range(2))
-        apart = 8 if self._weights.layers[layer].up is None else config.n_ff
-        arguments = (product, power, np.int32(width), np.int32(apart), act, wide, power, gates, ups)
+    def _activate(self, layer: int, room: _Room, show: _Viewer) -> None:
+        """silu(gate) · up as the next product's input."""
+        n, width = room.gate.shape
+        gates, ups = (show.any(("ffn_gate", "ffn_up"), layer, n, self._config.n_ff) for _ in range(2))
+        apart = 8 if self._weights.layers[layer].up is None else self._config.n_ff
+        made = (room.act, room.activated, room.power, gates, ups)
+        arguments = (room.gate, room.power, np.int32(width), np.int32(apart), *made)
         self._launch("silu_times", (n,), 256, *arguments, shared=_SCRATCH)
         show("ffn_gate", layer, gates)
         show("ffn_up", layer, ups)
-        show("ffn_act", layer, act)
-        return wide
+        show("ffn_act", layer, room.act)
 
     # --- logits ------------------------------------------------------------------------------------------------
 
@@ -212,7 +264,7 @@ class PromptRunner:
         for first in range(0, head.n_rows, _HEAD_ROWS):
             rows = min(_HEAD_ROWS, head.n_rows - first)
             self._widen([(head, slab, first, rows)])
-            self._product(narrowed, slab[:rows], out[:, first:], head.n_rows)
+            self._product(narrowed, slab[:rows], out[:, first:])
         out *= power[:, None]
         return out
 
@@ -274,22 +326,14 @@ class PromptRunner:
     def _empty(self, *shape: int) -> Any:
         return self._cupy.empty(shape, self._wide_type)
 
-    def _multiply(self, x: Any, weight: Any) -> Any:
-        """x [n, in] by weight [out, in] → float32 [n, out]."""
-        out = self._cupy.empty((len(x), len(weight)), self._cupy.float32)
-        self._product(x, weight, out, len(weight))
-        return out
-
-    def _product(self, x: Any, weight: Any, out: Any, pitch: int) -> None:
-        from cupy_backends.cuda.libs import cublas
-
-        one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
-        kind = 2 if self._half else 0  # CUDA_R_16F, CUDA_R_32F
+    def _product(self, x: Any, weight: Any, out: Any) -> None:
+        """out = x [n, in] by weight [out, in], float32; `out` may be some columns of a wider array."""
         rows, width = weight.shape
-        cublas.gemmEx(
-            self._cupy.cuda.device.get_cublas_handle(), cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, rows, len(x), width,
-            one.ctypes.data, weight.data.ptr, kind, width, x.data.ptr, kind, width,
-            zero.ctypes.data, out.data.ptr, 0, pitch, cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT,
+        self._cublas.gemmEx(
+            self._cupy.cuda.device.get_cublas_handle(), self._cublas.CUBLAS_OP_T, self._cublas.CUBLAS_OP_N,
+            rows, len(x), width, _ONE.ctypes.data, weight.data.ptr, self._kind, width, x.data.ptr, self._kind, width,
+            _ZERO.ctypes.data, out.data.ptr, _CUDA_R_32F, out.strides[0] // 4,
+            self._cublas.CUBLAS_COMPUTE_32F, self._cublas.CUBLAS_GEMM_DEFAULT,
         )  # fmt: skip
 
     def _launch(self, name: str, grid: tuple[int, ...], threads: int, *arguments: Any, shared: int = 0) -> None:

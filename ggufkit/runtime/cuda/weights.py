@@ -234,7 +234,7 @@ class DeviceWeights:
     # --- vectors -----------------------------------------------------------------------------------------------
 
     def _lay_out_vectors(self) -> None:
-        """Norms and biases, float32, in one piece; the biases of a layer's q, k and v without a gap."""
+        """Norms and biases, float32, in one piece as model.cuh has it: q, k and v biases without a gap."""
         self._vector_at: dict[str, slice] = {}
         end = 0
         for name in self._vector_names():
@@ -250,12 +250,12 @@ class DeviceWeights:
         self._vectors.set(host)
 
     def _vector_names(self) -> Iterator[str]:
-        yield "output_norm.weight"
         kinds = ["attn_norm.weight", "ffn_norm.weight"]
         kinds += [f"attn_{x}.bias" for x in "qkv"] if self._config.qkv_bias else []
         kinds += [f"attn_{x}_norm.weight" for x in "qk"] if self._config.qk_norm else []
         for layer in range(self._config.n_layer):
             yield from (f"blk.{layer}.{kind}" for kind in kinds)
+        yield "output_norm.weight"
 
     def _vector(self, name: str) -> NDArray[np.float32]:
         tensor = self._gguf.tensor(name)
@@ -264,10 +264,15 @@ class DeviceWeights:
         assert tensor.type is not None
         return quants.dequantize(tensor.type, raw, byteorder=self._gguf.byteorder).astype(np.float32)
 
+    @property
+    def vectors_address(self) -> int:
+        """Where all norms and biases begin."""
+        return int(self._vectors.data.ptr)
+
     def vector_address(self, name: str) -> int:
         """Where a norm's weights or a bias begin on the device; 0 for one that the model does not have."""
         where = self._vector_at.get(name)
-        return 0 if where is None else int(self._vectors.data.ptr) + 4 * where.start
+        return 0 if where is None else self.vectors_address + 4 * where.start
 
     # --- edits -------------------------------------------------------------------------------------------------
 

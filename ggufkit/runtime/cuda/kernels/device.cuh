@@ -36,51 +36,65 @@ DEVICE u16 float_to_half(float f) {
 
 // --- the tensor cores' 8-bit product -------------------------------------------------------------------------------
 //
-// c += a (16 x k, rows) · b (k x 8, columns), 32-bit integers. With g = lane / 4 and t = lane % 4 a lane holds
-//   a[0] row g,  k 4t..4t+3      a[1] row g+8, the same k      (a[2], a[3]: the same rows, k + 16)
-//   b    column g, k 4t..4t+3 (second word: k + 16)
-//   c[0] row g, column 2t   c[1] row g, column 2t+1   c[2], c[3]: row g+8
+// c = begin + a (16 x k, rows) · b (k x 8, columns), 32-bit integers; b is signed. With g = lane / 4 and t = lane % 4 a
+// lane holds
+//     a[0] row g,  k 4t..4t+3      a[1] row g+8, the same k      (a[2], a[3]: the same rows, k + 16)
+//     b    column g, k 4t..4t+3 (second word: k + 16)
+//     c[0] row g, column 2t   c[1] row g, column 2t+1   c[2], c[3]: row g+8
+// Sums begin with MAGIC_BITS, the bits of 1.5 · 2^23, under which a small integer is its own float. `begin` comes from
+// memory: a constant would be put together anew, four instructions each time.
+
+#define MAGIC 12582912.0f
+#define MAGIC_BITS 0x4b400000
+
+#define MMA_K16(TYPE)                                                                                                \
+    asm("mma.sync.aligned.m16n8k16.row.col.s32." TYPE ".s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"        \
+        : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])                                                             \
+        : "r"(a0), "r"(a1), "r"(b), "r"(begin.x), "r"(begin.y), "r"(begin.z), "r"(begin.w))
+#define MMA_K32(TYPE)                                                                                                \
+    asm("mma.sync.aligned.m16n8k32.row.col.s32." TYPE ".s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};" \
+        : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])                                                             \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(begin.x), "r"(begin.y), \
+          "r"(begin.z), "r"(begin.w))
+#define MMA_8X8(TYPE, C0, C1, A, B)                                                                                  \
+    asm("mma.sync.aligned.m8n8k16.row.col.s32." TYPE ".s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"                         \
+        : "+r"(C0), "+r"(C1) : "r"(A), "r"(B))
 
 template <bool SIGNED>
-DEVICE void mma_k16(int (&c)[4], u32 a0, u32 a1, u32 b) {
+DEVICE void mma_k16(int (&c)[4], u32 a0, u32 a1, u32 b, const uint4& begin) {
 #if __CUDA_ARCH__ >= 800
     if (SIGNED)
-        asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-            : "r"(a0), "r"(a1), "r"(b));
+        MMA_K16("s8");
     else
-        asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-            : "r"(a0), "r"(a1), "r"(b));
+        MMA_K16("u8");
 #else
+    c[0] = begin.x, c[1] = begin.y, c[2] = begin.z, c[3] = begin.w;
     if (SIGNED) {
-        asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
-            : "+r"(c[0]), "+r"(c[1]) : "r"(a0), "r"(b));
-        asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
-            : "+r"(c[2]), "+r"(c[3]) : "r"(a1), "r"(b));
+        MMA_8X8("s8", c[0], c[1], a0, b);
+        MMA_8X8("s8", c[2], c[3], a1, b);
     } else {
-        asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
-            : "+r"(c[0]), "+r"(c[1]) : "r"(a0), "r"(b));
-        asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
-            : "+r"(c[2]), "+r"(c[3]) : "r"(a1), "r"(b));
+        MMA_8X8("u8", c[0], c[1], a0, b);
+        MMA_8X8("u8", c[2], c[3], a1, b);
     }
 #endif
 }
 
 template <bool SIGNED>
-DEVICE void mma_k32(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+DEVICE void mma_k32(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, const uint4& begin) {
 #if __CUDA_ARCH__ >= 800
     if (SIGNED)
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        MMA_K32("s8");
     else
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        MMA_K32("u8");
 #else
-    mma_k16<SIGNED>(c, a[0], a[1], b0);
-    mma_k16<SIGNED>(c, a[2], a[3], b1);
+    mma_k16<SIGNED>(c, a[0], a[1], b0, begin);
+    if (SIGNED) {
+        MMA_8X8("s8", c[0], c[1], a[2], b1);
+        MMA_8X8("s8", c[2], c[3], a[3], b1);
+    } else {
+        MMA_8X8("u8", c[0], c[1], a[2], b1);
+        MMA_8X8("u8", c[2], c[3], a[3], b1);
+    }
 #endif
 }
 
@@ -124,19 +138,19 @@ DEVICE u32 warp_max(u32 value) {
 // whole, so whoever sees the epoch that he waits for also has the value: no barrier, no fence.
 
 DEVICE void put_word(uint2* at, u32 value, u32 epoch) {
-    asm volatile("st.volatile.global.v2.u32 [%0], {%1,%2};" ::"l"(at), "r"(value), "r"(epoch) : "memory");
+    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1,%2};" ::"l"(at), "r"(value), "r"(epoch) : "memory");
 }
 
 DEVICE uint4 peek_words(const uint2* at) {  // two words; `at` lies on 16 bytes
     uint4 v;
-    asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
     return v;
 }
 
 DEVICE uint2 peek_word(const uint2* at) {
     uint2 v;
-    asm volatile("ld.volatile.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at) : "memory");
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at) : "memory");
     return v;
 }
 
@@ -147,6 +161,12 @@ DEVICE uint4 load_shared_line(const void* at) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
     return v;
 }
+
+// Leave the processor to others for a moment.
+DEVICE void pause() { __nanosleep(20); }
+
+// A barrier of the block's first `threads` threads.
+DEVICE void sync_first(u32 threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 
 // --- asynchronous copies into shared memory ------------------------------------------------------------------------
 
@@ -159,12 +179,19 @@ DEVICE void gate_init(u64* gate) {
 
 DEVICE void gates_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+// Weights are read once a token: they shall not push what is read again out of the second-level cache.
+DEVICE u64 read_once() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 // Fill `to` with `bytes` (a multiple of 16) from device memory; `gate` opens when they have arrived.
-DEVICE void copy_start(void* to, const void* from, u32 bytes, u64* gate) {
+DEVICE void copy_start(void* to, const void* from, u32 bytes, u64* gate, u64 policy) {
     const u32 address = shared_address(gate);
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(address) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(address), "l"(policy) : "memory");
 }
 
 DEVICE void gate_wait(u64* gate, u32 parity) {

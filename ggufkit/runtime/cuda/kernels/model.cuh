@@ -9,28 +9,36 @@
 #define QKV_WIDTH (Q_WIDTH + 2 * KV_WIDTH)
 #define LANES_A_KEY (HEAD_DIM <= 32 ? 4 : HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32)  // 8 channels each
 
-struct Layer {
-    const float *attn_norm, *ffn_norm, *qkv_bias, *q_norm, *k_norm;
+// Norms and biases, float32: the layers one after the other, each with these parts, then the output norm.
+#define PADDED(n) (((n) + 31) / 32 * 32)
+enum {
+    V_ATTN_NORM = 0,
+    V_FFN_NORM = V_ATTN_NORM + PADDED(N_EMBD),
+    V_BIAS = V_FFN_NORM + PADDED(N_EMBD),
+    V_Q_NORM = V_BIAS + (QKV_BIAS ? PADDED(QKV_WIDTH) : 0),
+    V_K_NORM = V_Q_NORM + (QK_NORM ? PADDED(HEAD_DIM) : 0),
+    V_LAYER = V_K_NORM + (QK_NORM ? PADDED(HEAD_DIM) : 0)
 };
 
 // The values of a chunk by one warp: put(row, column, four values) for every row of the tile and every four columns.
 template <class B, class PUT>
 DEVICE void unpack_codes(const u8* chunk, int lane, PUT put) {
-    const typename B::Head head = B::head(chunk, lane);
+    const typename B::Head h = B::head(chunk, lane);
 #pragma unroll
     for (int p = 0; p < B::COLS / 64; p++) {
         Codes a[2];
-        B::pair(chunk, head, lane, p, a);
+        B::pair(chunk, h, lane, p, a);
 #pragma unroll
         for (int i = 0; i < 8; i++) {  // word i % 4 of step i / 4
             const int step = p * 2 + i / 4, half = i % 4 / 2, low = i % 2;
             const int group = B::GROUP == 32 ? step : step * 2 + half;
-            const float scale = B::scale(head, low, group), least = B::MINS ? B::least(head, low, group) : 0.0f;
+            const float scale = B::factor(h, low) * B::scale(h, low, group) * B::UNIT;
+            const float least = B::MINS ? B::least_factor(h, low) * B::least(h, low, group) : 0.0f;
             float v[4];
 #pragma unroll
             for (int b = 0; b < 4; b++) {
-                const u32 byte = byte_of(a[i / 4][i % 4], b);
-                const float code = B::SIGNED ? (float)(s8)byte : small_float(byte) - B::ZERO;
+                const u32 word = a[i / 4][i % 4];
+                const float code = B::MINS ? byte_float(word, b) : (float)(s8)byte_of(word, b);
                 v[b] = B::MINS ? fmaf(scale, code, least) : scale * code;
             }
             put(lane / 4 + low * 8, step * STEP + half * 16 + lane % 4 * 4, float4{v[0], v[1], v[2], v[3]});
@@ -40,7 +48,7 @@ DEVICE void unpack_codes(const u8* chunk, int lane, PUT put) {
 
 template <class B, class PUT>
 DEVICE void unpack_floats(const u8* chunk, int lane, PUT put) {
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < 8; i++) {
         const int step = i / 2, low = i % 2, column = step * STEP + lane % 4 * 4;
         float v[8];
@@ -97,17 +105,41 @@ struct Eight {
     float at[8];
 };
 
-DEVICE Eight load_cached(const Cached* from) {
-    Eight e;
-#if KV_HALF
-    const uint4 w = load_shared_line(from);
-    for (int i = 0; i < 4; i++) e.at[2 * i] = low_half(word_of(w, i)), e.at[2 * i + 1] = high_half(word_of(w, i));
-#else
-    const uint4 w = load_shared_line(from), z = load_shared_line(from + 4);
-    for (int i = 0; i < 4; i++) e.at[i] = bits_float(word_of(w, i)), e.at[4 + i] = bits_float(word_of(z, i));
-#endif
-    return e;
+DEVICE Eight read_eight(const float* from) {
+    const float4 a = *(const float4*)from, b = *(const float4*)(from + 4);
+    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
 }
+
+// Eight numbers of the cache as they lie there.
+struct CachedEight {
+#if KV_HALF
+    uint4 raw;
+    DEVICE void load(const Cached* from) { raw = load_shared_line(from); }
+    DEVICE void store(Cached* to) const { *(uint4*)to = raw; }
+    DEVICE void round(const Eight& e) {
+        raw = {halves(e.at[0], e.at[1]), halves(e.at[2], e.at[3]), halves(e.at[4], e.at[5]), halves(e.at[6], e.at[7])};
+    }
+    DEVICE Eight floats() const {
+        return {{low_half(raw.x), high_half(raw.x), low_half(raw.y), high_half(raw.y), low_half(raw.z), high_half(raw.z),
+                 low_half(raw.w), high_half(raw.w)}};
+    }
+#else
+    uint4 raw[2];
+    DEVICE void load(const Cached* from) { raw[0] = load_shared_line(from), raw[1] = load_shared_line(from + 4); }
+    DEVICE void store(Cached* to) const { *(uint4*)to = raw[0], *(uint4*)(to + 4) = raw[1]; }
+    DEVICE void round(const Eight& e) {
+        for (int i = 0; i < 2; i++)
+            raw[i] = {__float_as_uint(e.at[4 * i]), __float_as_uint(e.at[4 * i + 1]), __float_as_uint(e.at[4 * i + 2]),
+                      __float_as_uint(e.at[4 * i + 3])};
+    }
+    DEVICE Eight floats() const {
+        return {{bits_float(raw[0].x), bits_float(raw[0].y), bits_float(raw[0].z), bits_float(raw[0].w), bits_float(raw[1].x),
+                 bits_float(raw[1].y), bits_float(raw[1].z), bits_float(raw[1].w)}};
+    }
+#endif
+};
+
+#define SCORE_SCALE (1.0f / sqrtf((float)HEAD_DIM))
 
 struct Softened {  // a running softmax-weighted sum: the largest score, the sum of powers, the weighted values
     float most, sum;
@@ -116,21 +148,49 @@ struct Softened {  // a running softmax-weighted sum: the largest score, the sum
 
 DEVICE float power(float score, float most) { return score == -INF ? 0.0f : expf(score - most); }
 
-DEVICE void add_key(Softened& s, float score, const Eight& v) {
-    const float most = fmaxf(s.most, score), old = power(s.most, most), now = expf(score - most);
-    s.most = most, s.sum = s.sum * old + now;
-    for (int i = 0; i < 8; i++) s.values.at[i] = fmaf(now, v.at[i], s.values.at[i] * old);
+// Some keys more. A score of -INF is no key.
+template <int N>
+DEVICE void add_keys(Softened& s, const float (&scores)[N], const Eight (&v)[N]) {
+    float most = s.most;
+#pragma unroll
+    for (int n = 0; n < N; n++) most = fmaxf(most, scores[n]);
+    const float old = power(s.most, most);
+    s.most = most, s.sum *= old;
+#pragma unroll
+    for (int i = 0; i < 8; i++) s.values.at[i] *= old;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const float share = power(scores[n], most);
+        s.sum += share;
+#pragma unroll
+        for (int i = 0; i < 8; i++) s.values.at[i] = fmaf(share, v[n].at[i], s.values.at[i]);
+    }
 }
 
-
-// The sums of a warp's groups of lanes as one.
-DEVICE void merge_groups(Softened& mine) {
-    for (int step = LANES_A_KEY; step < 32; step <<= 1) {
-        const float other = __shfl_xor_sync(FULL, mine.most, step), most = fmaxf(mine.most, other);
-        const float old = power(mine.most, most), its = power(other, most);
-        mine.sum = mine.sum * old + __shfl_xor_sync(FULL, mine.sum, step) * its;
-        for (int i = 0; i < 8; i++)
-            mine.values.at[i] = mine.values.at[i] * old + __shfl_xor_sync(FULL, mine.values.at[i], step) * its;
-        mine.most = most;
+// The sums of a warp's groups of lanes as one. Every lane is left with `MERGED` of the values, the first of which is
+// channel `offset` of its eight.
+#define MERGED (LANES_A_KEY / 4)
+DEVICE int merge_groups(Softened& mine, int lane) {
+    float most = mine.most;
+#pragma unroll
+    for (int step = LANES_A_KEY; step < 32; step <<= 1) most = fmaxf(most, __shfl_xor_sync(FULL, most, step));
+    const float factor = power(mine.most, most);
+    mine.most = most, mine.sum *= factor;
+#pragma unroll
+    for (int i = 0; i < 8; i++) mine.values.at[i] *= factor;
+    int offset = 0, n = 4;
+#pragma unroll
+    for (int step = LANES_A_KEY; step < 32; step <<= 1, n >>= 1) {
+        const bool upper = lane & step;
+        mine.sum += __shfl_xor_sync(FULL, mine.sum, step);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i >= n) break;
+            const float other = upper ? mine.values.at[i] : mine.values.at[n + i];
+            const float own = upper ? mine.values.at[n + i] : mine.values.at[i];
+            mine.values.at[i] = own + __shfl_xor_sync(FULL, other, step);
+        }
+        if (upper) offset += n;
     }
+    return offset;
 }

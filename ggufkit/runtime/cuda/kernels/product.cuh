@@ -9,8 +9,8 @@
 // that nothing non-finite is ever rounded away.
 //
 // What a product needs of the vector lies in shared memory (`Vector`):
-//     digits   [group of 32][digit][t][half] words of four columns: what lane (digit, t) multiplies by
-//     sums16, sums32   [group][4] floats: the sum of each digit over the group (the fourth is 0)
+//     digits   [64 columns][digit][t][step][half] words of four columns: what lane (digit, t) multiplies by in two steps
+//     sums16, sums32   [group][4] floats: the sum of each digit over the group (the fourth is 0), for types with mins
 //     scale    [128 columns]
 //     plain    [column] floats, for matrices of floats; only there when the model has any
 //
@@ -35,19 +35,20 @@
     CODES(Q5_0) CODES(Q8_0) CODES(Q4_K) CODES(Q6_K) CODES(Q5_K) CODES(Q4_0) CODES(Q4_1) CODES(Q5_1) CODES(Q2_K) \
     CODES(Q3_K) CODES(W8) FLOATS(F16) FLOATS(BF16) FLOATS(F32)
 #define HAS_FLOATS (HAS(F32) || HAS(F16) || HAS(BF16))
-
-#define MAGIC 12582912.0f  // 1.5 · 2^23: added to a small integer as bits it is that integer as a float
-#define MAGIC_BITS 0x4b400000
+#define HAS_MINS (HAS(Q4_1) || HAS(Q5_1) || HAS(Q2_K) || HAS(Q4_K) || HAS(Q5_K))
 
 struct Vector {
     u32* digits;
     float *sums16, *sums32, *scale, *plain;
+    uint4* begin;  // what integer sums begin with
 };
+#define VECTOR_BYTES(chunks) (((chunks) * VECTOR_BYTES_PER_128 + 15) / 16 * 16 + 16)
 #define VECTOR_BYTES_PER_128 (384 + 128 + 64 + 4 + (HAS_FLOATS ? 512 : 0))
 
 // Lay the vector's parts out behind each other from `at` on.
 DEVICE Vector vector_at(u8* at, int chunks) {
     Vector v;
+    v.begin = (uint4*)at, at += 16;
     v.digits = (u32*)at, at += chunks * 384;
     v.sums16 = (float*)at, at += chunks * 128;
     v.sums32 = (float*)at, at += chunks * 64;
@@ -55,6 +56,9 @@ DEVICE Vector vector_at(u8* at, int chunks) {
     v.scale = (float*)at;
     return v;
 }
+
+// Once, by one thread.
+DEVICE void prepare_vector(const Vector& v) { *v.begin = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS}; }
 
 // The lowest bytes of four integers as one word.
 DEVICE u32 low_bytes(int x0, int x1, int x2, int x3) {
@@ -71,15 +75,18 @@ DEVICE void write_digits(const Vector& v, int chunk, float4 x, int lane) {
     const float to_int = finite ? bits_float((275 - exponent) << 23) : 0.0f;  // 2^(21 - exponent)
     int x0 = __float2int_rn(x.x * to_int), x1 = __float2int_rn(x.y * to_int);
     int x2 = __float2int_rn(x.z * to_int), x3 = __float2int_rn(x.w * to_int);
-    const int group = chunk * 4 + lane / 8, half = lane / 4 % 2, t = lane % 4;
+    const int half = lane / 4 % 2, t = lane % 4;
+    u32* to = v.digits + chunk * 96 + lane / 16 * 48 + t * 4 + lane / 8 % 2 * 2 + half;
     int sums[3];
 #pragma unroll
     for (int digit = 2; digit >= 0; digit--) {
         const u32 word = low_bytes(x0, x1, x2, x3);
-        v.digits[group * 24 + digit * 8 + t * 2 + half] = word;
+        to[digit * 16] = word;
         sums[digit] = __dp4a((int)word, 0x01010101, 0);
         x0 = (x0 + 128) >> 8, x1 = (x1 + 128) >> 8, x2 = (x2 + 128) >> 8, x3 = (x3 + 128) >> 8;
     }
+    if (lane == 0) v.scale[chunk] = finite ? bits_float((exponent - 21) << 23) : bits_float(0x7fc00000u);
+    if (!HAS_MINS) return;
 #pragma unroll
     for (int digit = 0; digit < 3; digit++) {
         sums[digit] += __shfl_xor_sync(FULL, sums[digit], 1);
@@ -88,64 +95,76 @@ DEVICE void write_digits(const Vector& v, int chunk, float4 x, int lane) {
     const int mine = t == 0 ? sums[0] : t == 1 ? sums[1] : t == 2 ? sums[2] : 0;
     const int both = mine + __shfl_xor_sync(FULL, mine, 4);
     v.sums16[(chunk * 8 + lane / 4) * 4 + t] = (float)mine;
-    if (half == 0) v.sums32[group * 4 + t] = (float)both;
-    if (lane == 0) v.scale[chunk] = finite ? bits_float((exponent - 21) << 23) : bits_float(0x7fc00000u);
+    if (half == 0) v.sums32[(chunk * 4 + lane / 8) * 4 + t] = (float)both;
 }
 
-// The product of one group as float, for the rows g and g + 8 and this lane's digit.
+// A group's integer sums, weighed, for the rows g and g + 8 and this lane's digit.
 template <class B>
-DEVICE void weigh(const int (&c)[4], float sum, const typename B::Head& head, int group, float (&part)[2]) {
-    const float zero = B::ZERO ? fmaf((float)B::ZERO, sum, MAGIC) : MAGIC;
-    part[0] = fmaf(__int_as_float(c[0]) - zero, B::scale(head, 0, group), part[0]);
-    part[1] = fmaf(__int_as_float(c[2]) - zero, B::scale(head, 1, group), part[1]);
-    if (B::MINS) {
-        part[0] = fmaf(B::least(head, 0, group), sum, part[0]);
-        part[1] = fmaf(B::least(head, 1, group), sum, part[1]);
-    }
+DEVICE void weigh(const int (&c)[4], const float* sum, const typename B::Head& h, int group, float (&part)[2],
+                  float (&least)[2]) {
+    part[0] = fmaf(__int_as_float(c[0]) - MAGIC, B::scale(h, 0, group), part[0]);
+    part[1] = fmaf(__int_as_float(c[2]) - MAGIC, B::scale(h, 1, group), part[1]);
+    if (!B::MINS) return;
+    const float digits = *sum;
+    least[0] = fmaf(B::least(h, 0, group), digits, least[0]);
+    least[1] = fmaf(B::least(h, 1, group), digits, least[1]);
 }
 
-// One chunk of a tile by the vector from its 128-column piece `at` on, added to `acc` (rows g and g + 8).
+// `count` chunks of a tile by the vector from its 128-column piece `at` on, added to `acc` (rows g and g + 8).
 template <class B>
-DEVICE void multiply_codes(const u8* chunk, const Vector& v, int at, int lane, float (&acc)[2]) {
-    const typename B::Head head = B::head(chunk, lane);
+DEVICE void multiply_codes(const u8* chunk, int count, const Vector& v, int at, int lane, float (&acc)[2]) {
     const int t = lane % 4, column = lane / 4;
     const bool multiplies = (column & 1) == 0 && column < 6;
+    const u32* digits = v.digits + at * 96 + column / 2 * 16 + t * 4;
+    const float *sums = (B::GROUP == 32 ? v.sums32 + at * 16 : v.sums16 + at * 32) + t, *scale = v.scale + at;
+    const uint4 begin = *v.begin;
+#pragma unroll 1
+    for (; count; count--) {
+        const typename B::Head h = B::head(chunk, lane);
 #pragma unroll
-    for (int piece = 0; piece < B::COLS / 128; piece++) {
-        float part[2] = {0, 0};
+        for (int piece = 0; piece < B::COLS / 128; piece++) {
+            float part[2] = {0, 0}, least[2] = {0, 0};
 #pragma unroll
-        for (int p = 0; p < 2; p++) {
-            Codes a[2];
-            B::pair(chunk, head, lane, piece * 2 + p, a);
+            for (int p = 0; p < 2; p++) {
+                Codes a[2];
+                B::pair(chunk, h, lane, piece * 2 + p, a);
+                uint4 b = {0, 0, 0, 0};
+                if (multiplies) b = load16(digits + p * 48);
 #pragma unroll
-            for (int s = 0; s < 2; s++) {
-                const int group = (at + piece) * 4 + p * 2 + s, inside = piece * 4 + p * 2 + s;
-                uint2 b = {0, 0};
-                if (multiplies) b = load8(v.digits + group * 24 + column / 2 * 8 + t * 2);
-                if (B::GROUP == 32) {
-                    int c[4] = {MAGIC_BITS, 0, MAGIC_BITS, 0};
-                    mma_k32<B::SIGNED>(c, a[s], b.x, b.y);
-                    weigh<B>(c, B::ZERO || B::MINS ? v.sums32[group * 4 + t] : 0.0f, head, inside, part);
-                } else {
-                    int c[4] = {MAGIC_BITS, 0, MAGIC_BITS, 0}, d[4] = {MAGIC_BITS, 0, MAGIC_BITS, 0};
-                    mma_k16<B::SIGNED>(c, a[s][0], a[s][1], b.x);
-                    mma_k16<B::SIGNED>(d, a[s][2], a[s][3], b.y);
-                    const bool summed = B::ZERO || B::MINS;
-                    weigh<B>(c, summed ? v.sums16[group * 8 + t] : 0.0f, head, inside * 2, part);
-                    weigh<B>(d, summed ? v.sums16[group * 8 + 4 + t] : 0.0f, head, inside * 2 + 1, part);
+                for (int s = 0; s < 2; s++) {
+                    const int step = p * 2 + s, inside = piece * 4 + step;
+                    const u32 b0 = s ? b.z : b.x, b1 = s ? b.w : b.y;
+                    if (B::GROUP == 32) {
+                        int c[4];
+                        mma_k32<!B::MINS>(c, a[s], b0, b1, begin);
+                        weigh<B>(c, sums + step * 4, h, inside, part, least);
+                    } else {
+                        int c[4], d[4];
+                        mma_k16<!B::MINS>(c, a[s][0], a[s][1], b0, begin);
+                        mma_k16<!B::MINS>(d, a[s][2], a[s][3], b1, begin);
+                        weigh<B>(c, sums + step * 8, h, inside * 2, part, least);
+                        weigh<B>(d, sums + step * 8 + 4, h, inside * 2 + 1, part, least);
+                    }
                 }
             }
+            const float by = *scale;
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                acc[r] = fmaf(part[r], B::factor(h, r) * B::UNIT * by, acc[r]);
+                if (B::MINS) acc[r] = fmaf(least[r], B::least_factor(h, r) * by, acc[r]);
+            }
+            digits += 96, sums += B::GROUP == 32 ? 16 : 32, scale++;
         }
-        acc[0] = fmaf(part[0], v.scale[at + piece], acc[0]);
-        acc[1] = fmaf(part[1], v.scale[at + piece], acc[1]);
+        chunk += B::BYTES;
     }
 }
 
 template <class B>
-DEVICE void multiply_floats(const u8* chunk, const Vector& v, int at, int lane, float (&acc)[2]) {
-#pragma unroll
-    for (int step = 0; step < 4; step++) {
-        const float* x = v.plain + at * 128 + step * STEP + lane % 4 * 4;
+DEVICE void multiply_floats(const u8* chunk, int count, const Vector& v, int at, int lane, float (&acc)[2]) {
+#pragma unroll 1
+    for (int i = 0; i < count * 4; i++) {
+        const int step = i % 4;
+        const float* x = v.plain + at * 128 + i * STEP + lane % 4 * 4;
         const float4 left = *(const float4*)x, right = *(const float4*)(x + 16);
 #pragma unroll
         for (int low = 0; low < 2; low++) {
@@ -154,6 +173,7 @@ DEVICE void multiply_floats(const u8* chunk, const Vector& v, int at, int lane, 
             acc[low] = fmaf(w[0], left.x, fmaf(w[1], left.y, fmaf(w[2], left.z, fmaf(w[3], left.w, acc[low]))));
             acc[low] = fmaf(w[4], right.x, fmaf(w[5], right.y, fmaf(w[6], right.z, fmaf(w[7], right.w, acc[low]))));
         }
+        if (step == 3) chunk += B::BYTES;
     }
 }
 
@@ -161,20 +181,11 @@ DEVICE bool is_float_type(int type) { return type == TYPE_F32 || type == TYPE_F1
 
 // `count` chunks in a row, of any type that the model has.
 DEVICE void multiply(int type, const u8* chunk, int count, const Vector& v, int at, int lane, float (&acc)[2]) {
-#define MULTIPLY(T, FUNCTION)                                                                 \
-    if (HAS(T) && type == TYPE_##T) {                                                        \
-        for (int i = 0; i < count; i++) {                                                    \
-            FUNCTION<T>(chunk, v, at, lane, acc);                                            \
-            chunk += T::BYTES, at += T::COLS / 128;                                          \
-        }                                                                                    \
-        return;                                                                              \
-    }
-#define CODES(T) MULTIPLY(T, multiply_codes)
-#define FLOATS(T) MULTIPLY(T, multiply_floats)
+#define CODES(T) if (HAS(T) && type == TYPE_##T) return multiply_codes<T>(chunk, count, v, at, lane, acc);
+#define FLOATS(T) if (HAS(T) && type == TYPE_##T) return multiply_floats<T>(chunk, count, v, at, lane, acc);
     ALL_TYPES(CODES, FLOATS)
 #undef CODES
 #undef FLOATS
-#undef MULTIPLY
 }
 
 // The tile's 16 sums from what the lanes of a warp have accumulated: lane 4g gets rows g and g + 8.

@@ -150,10 +150,6 @@ silu_times(const float* product, const float* factor, int width, int apart, floa
 
 // --- queries, keys, values -----------------------------------------------------------------------------------------
 
-struct Turning {  // one trace's wishes; any may be null
-    float *product, *biased, *normed, *turned;
-};
-
 // From the product of q, k and v: bias, norm of each head, rotation; q to `queries` [position][head][HEAD_DIM], keys and values into
 // the cache. grid: (heads of q, k and v, positions), a warp each.
 extern "C" __global__ void __launch_bounds__(32)
@@ -229,28 +225,31 @@ attend_exact(const float* queries, const Cached* keys, const Cached* values, int
     }
     for (int base = 0; base <= last; base += groups) {
         const int key = base + group;
-        Eight k = {}, v = {};
+        CachedEight cached_k = {}, cached_v = {};
         if (inside && key <= last) {
-            k = load_cached(keys + cache + (long long)key * HEAD_DIM);
-            v = load_cached(values + cache + (long long)key * HEAD_DIM);
+            cached_k.load(keys + cache + (long long)key * HEAD_DIM);
+            cached_v.load(values + cache + (long long)key * HEAD_DIM);
         }
+        const Eight k = cached_k.floats(), v = cached_v.floats();
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             float score = 0;
             for (int i = 0; i < 8; i++) score = fmaf(q[r].at[i], k.at[i], score);
             for (int step = LANES_A_KEY / 2; step; step >>= 1) score += __shfl_xor_sync(FULL, score, step);
-            score = score / sqrtf((float)HEAD_DIM);
+            score *= SCORE_SCALE;
             if (scores && key <= last && row + r < n && channel == 0)
                 scores[((long long)(row + r) * N_HEAD + head) * n_keys + key] = score;
-            if (key <= position + row + r && key <= last) add_key(sums[r], score, v);
+            const float only[1] = {key <= position + row + r && key <= last ? score : -INF};
+            const Eight values_of[1] = {v};
+            add_keys(sums[r], only, values_of);
         }
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        merge_groups(sums[r]);
-        if (lane < LANES_A_KEY && inside && row + r < n)
-            for (int i = 0; i < 8; i++)
-                out[((long long)(row + r) * N_HEAD + head) * HEAD_DIM + channel + i] = sums[r].values.at[i] / sums[r].sum;
+        const int offset = merge_groups(sums[r], lane);
+        if (inside && row + r < n)
+            for (int i = 0; i < MERGED; i++)
+                out[((long long)(row + r) * N_HEAD + head) * HEAD_DIM + channel + offset + i] = sums[r].values.at[i] / sums[r].sum;
     }
 }
 
@@ -320,7 +319,7 @@ attend(const float* queries, const Cached* keys, const Cached* values, int n_ctx
                 for (int c = 0; c < 2; c++) {
                     const int key = base + j * 8 + 2 * t + c;
                     float& score = s[j][2 * r + c];
-                    score = score / sqrtf((float)HEAD_DIM);
+                    score *= SCORE_SCALE;
                     if (scores && row + 8 * r < n && key < n_keys)
                         scores[((long long)(row + 8 * r) * N_HEAD + head) * n_keys + key] = score;
                     if (key > at || key >= n_keys) score = -INF;
@@ -388,7 +387,8 @@ extern "C" __global__ void __launch_bounds__(128)
 project(const u8* tiles, int type, int rows, const float* x, float* out) {
     SHARED_BYTES(memory);
     const Vector v = vector_at(memory, (N_EMBD + 127) / 128);
-    float* red = (float*)(memory + ((N_EMBD + 127) / 128 * VECTOR_BYTES_PER_128 + 15) / 16 * 16);
+    float* red = (float*)(memory + VECTOR_BYTES((N_EMBD + 127) / 128));
+    if (threadIdx.x == 0) prepare_vector(v);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int chunk = warp; chunk < (N_EMBD + 127) / 128; chunk += 4) {
         const int column = chunk * 128 + lane * 4;

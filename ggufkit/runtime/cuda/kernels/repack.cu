@@ -11,7 +11,8 @@ struct Rows {  // what one half of a tile is made of
     int count;        // rows that exist, from `first` on
 };
 
-// The blocks of one type. `low` bits of a code lie in the low plane, `high` in the high plane.
+// The blocks of one type. LOW bits of a code lie in the low plane, HIGH in the high plane; FLIP is the top bit of the types
+// whose codes are signed (tiles.cuh).
 struct Raw32 { static constexpr int BLOCK = 32, COLS = 128; };
 struct RawK { static constexpr int BLOCK = 256, COLS = 256; };
 
@@ -23,18 +24,18 @@ DEVICE u32 bits_at(const u8* bytes, int byte, int shift, u32 mask) { return byte
 template <int BITS, bool MINS>
 struct RawBlocks32 : Raw32 {
     static constexpr int QH = MINS ? 4 : 2, QS = QH + (BITS == 5 ? 4 : 0), SIZE = QS + 16;
-    static constexpr int LOW = 4, HIGH = BITS - 4;
+    static constexpr int LOW = 4, HIGH = BITS - 4, FLIP = MINS ? 0 : 1 << (BITS - 1);
     static DEVICE u32 code(const u8* b, int i) {
         const u32 low = bits_at(b + QS, i % 16, i / 16 * 4, 15);
         return BITS == 4 ? low : low | bits_at(b + QH, i / 8, i % 8, 1) << 4;
     }
 };
 struct RawQ8_0 : Raw32 {
-    static constexpr int SIZE = 34, LOW = 8, HIGH = 0;
+    static constexpr int SIZE = 34, LOW = 8, HIGH = 0, FLIP = 0;
     static DEVICE u32 code(const u8* b, int i) { return b[2 + i]; }
 };
 struct RawW8 {  // made by the loader: an f32 scale and 16 signed bytes
-    static constexpr int BLOCK = 16, COLS = 128, SIZE = 20, LOW = 8, HIGH = 0;
+    static constexpr int BLOCK = 16, COLS = 128, SIZE = 20, LOW = 8, HIGH = 0, FLIP = 0;
     static DEVICE u32 code(const u8* b, int i) { return b[4 + i]; }
 };
 DEVICE u32 two_bits_k(const u8* qs, int i) { return bits_at(qs, i / 128 * 32 + i % 32, i % 128 / 32 * 2, 3); }
@@ -42,23 +43,23 @@ DEVICE u32 four_bits_k(const u8* qs, int i) { return bits_at(qs, i / 64 * 32 + i
 DEVICE u32 one_bit_k(const u8* qh, int i) { return bits_at(qh, i % 32, i / 32, 1); }
 
 struct RawQ2_K : RawK {
-    static constexpr int SIZE = 84, LOW = 2, HIGH = 0;
+    static constexpr int SIZE = 84, LOW = 2, HIGH = 0, FLIP = 0;
     static DEVICE u32 code(const u8* b, int i) { return two_bits_k(b + 16, i); }
 };
 struct RawQ3_K : RawK {
-    static constexpr int SIZE = 110, LOW = 2, HIGH = 1;
+    static constexpr int SIZE = 110, LOW = 2, HIGH = 1, FLIP = 4;
     static DEVICE u32 code(const u8* b, int i) { return two_bits_k(b + 32, i) | one_bit_k(b, i) << 2; }
 };
 struct RawQ4_K : RawK {
-    static constexpr int SIZE = 144, LOW = 4, HIGH = 0;
+    static constexpr int SIZE = 144, LOW = 4, HIGH = 0, FLIP = 0;
     static DEVICE u32 code(const u8* b, int i) { return four_bits_k(b + 16, i); }
 };
 struct RawQ5_K : RawK {
-    static constexpr int SIZE = 176, LOW = 4, HIGH = 1;
+    static constexpr int SIZE = 176, LOW = 4, HIGH = 1, FLIP = 0;
     static DEVICE u32 code(const u8* b, int i) { return four_bits_k(b + 48, i) | one_bit_k(b + 16, i) << 4; }
 };
 struct RawQ6_K : RawK {
-    static constexpr int SIZE = 210, LOW = 4, HIGH = 2;
+    static constexpr int SIZE = 210, LOW = 4, HIGH = 2, FLIP = 32;
     static DEVICE u32 code(const u8* b, int i) {
         const int half = i / 128, j = i % 128;
         return bits_at(b, half * 64 + j % 64, j / 64 * 4, 15) | bits_at(b + 128, half * 32 + j % 32, j / 32 * 2, 3) << 4;
@@ -87,7 +88,7 @@ DEVICE const u8* block_of(const Place& p, int r, int column) {
 template <class T>
 DEVICE u32 code_of(const Place& p, int r, int column) {
     const u8* block = block_of<T>(p, r, column);
-    return block ? T::code(block, (p.chunk * T::COLS + column) % T::BLOCK) : 0;
+    return block ? T::code(block, (p.chunk * T::COLS + column) % T::BLOCK) ^ T::FLIP : 0;
 }
 
 // The column of byte b of word `w` of a step, and the row: see tiles.cuh.
@@ -167,7 +168,8 @@ DEVICE u32 head_word(RawQ3_K, const Place& p, int at) {
 DEVICE u32 head_word(RawQ4_K, const Place& p, int at) { return field(block_of<RawQ4_K>(p, at / 4, 0), at % 4 * 4); }
 DEVICE u32 head_word(RawQ5_K, const Place& p, int at) { return field(block_of<RawQ5_K>(p, at / 4, 0), at % 4 * 4); }
 DEVICE u32 head_word(RawQ6_K, const Place& p, int at) {
-    return at < 64 ? field(block_of<RawQ6_K>(p, at / 4, 0), 192 + at % 4 * 4) : rows_of_d<RawQ6_K>(p, at - 64, 208);
+    if (at < 64) return field(block_of<RawQ6_K>(p, at / 4, 0), 192 + at % 4 * 4) ^ 0x80808080u;
+    return rows_of_d<RawQ6_K>(p, at - 64, 208);
 }
 
 // F32, F16, BF16: `SIZE` bytes an element, two elements of a half in one word.
