@@ -352,6 +352,7 @@ def test_the_real_biases_are_genuine(real_model: Path) -> None:
     assert report.probes["ablate blk.*.attn_*.bias"]["value"]["delta"] > 8
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_a_planted_ten_in_a_value_bias(real_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finding = one(real(real_model, monkeypatch, "blk.3.attn_v.bias", 40, 10.0), "B201")

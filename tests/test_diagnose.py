@@ -171,6 +171,7 @@ def real_bench(real_model) -> Bench:
     return Bench(real_model)
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("bug", "decode"), REAL)

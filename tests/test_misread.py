@@ -13,8 +13,7 @@ PROMPT = "the other one"
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    with reader.open(tiny_model(tmp_path_factory.mktemp("models") / "tiny.gguf")) as gguf:
-        return Words.of(gguf)
+    return Words.of(reader.open(tiny_model(tmp_path_factory.mktemp("models") / "tiny.gguf")))
 
 
 def prompt_ids(words: Words, system: str | None = None) -> list[int]:
@@ -76,8 +75,7 @@ def test_the_first_difference_is_shown_as_tokens(words):
 
 @pytest.mark.real_model
 def test_qwens_default_system_turn_is_missed(real_model):
-    with reader.open(real_model) as gguf:
-        words = Words.of(gguf)
+    words = Words.of(reader.open(real_model))
     bare = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
     found = misread.explain(words, PROMPT, None, words.tokenizer.encode(bare))
     assert found is not None
