@@ -598,6 +598,8 @@ def _hostile() -> dict[str, File | bytes]:
         "dims of ones": one_tensor(n_dims=0xFFFF_FFFF),
         "huge vocabulary rows": with_rows(2**40),
         "blocks of nowhere": many_blocks(),
+        "tensors on one another": piled_up(1_500),
+        "equal tokens": with_value("tokenizer.ggml.tokens", ["a"] * 6_000),
     }
 
 
@@ -607,6 +609,15 @@ def with_rows(rows: int) -> File:
     file.tensors = file.tensors[:1]
     file["token_embd.weight"].data = b""
     return file
+
+
+def piled_up(count: int) -> bytes:
+    """Tensors of 64 kB each that all lie on the same bytes."""
+    header = b"GGUF" + struct.pack("<IQQ", 3, count, 0)
+    table = (
+        struct.pack("<Q", 9) + b"t.%07d" % number + struct.pack("<IQIQ", 1, 1 << 14, 0, 0) for number in range(count)
+    )
+    return header + b"".join(table) + bytes(1 << 17)
 
 
 def many_blocks() -> File:
@@ -630,6 +641,14 @@ def test_hostile_files_cost_neither_memory_nor_time(tmp_path: Path) -> None:
     assert outcome["grown_kb"] < 32 * 1024
     for name, (_, seconds) in zip(_hostile(), outcome["results"], strict=True):
         assert seconds < 10, name
+
+
+def test_many_tensors_on_one_place_are_told_in_time(tmp_path: Path) -> None:
+    """Where each is held against all others, or each is read, this takes minutes."""
+    report = validated(tmp_path, piled_up(20_000))
+    assert report.exit_code() == 1
+    assert report.tensors_checked < 100
+    assert {"S203", "S204"} <= {finding.code for finding in report.findings}
 
 
 # -- random damage ---------------------------------------------------------------------------------------------------

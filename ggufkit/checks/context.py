@@ -190,13 +190,32 @@ class Context:
             return error
 
     @cached_property
+    def readable(self) -> list[Tensor]:
+        """The tensors whose bytes are there.
+
+        What a header merely claims costs nothing, and where tensors overlap, no more than twice the file is read.
+        """
+        readable = []
+        left = 2 * self.gguf.size
+        for tensor in self.gguf.tensors.values():
+            try:
+                self.gguf.read(tensor, tensor.nbytes or 0, 0)
+                left -= tensor.nbytes or 0
+                if left < 0:
+                    raise FormatError("its bytes belong to other tensors as well")
+                readable.append(tensor)
+            except GgufkitError as error:
+                self.unmeasured[tensor.name] = error
+        return readable
+
+    @cached_property
     def vectors(self) -> Mapping[str, NDArray[np.float32]]:
         """The float tensors of one dimension (biases, norms) that can be read, as float32 by name.
 
         They are small and looked at from many sides, so that they are kept; larger ones are left to `stats`.
         """
         found = {}
-        for tensor in self.gguf.tensors.values():
+        for tensor in self.readable:
             if tensor.type is None or tensor.type.kind != "float" or len(tensor.dims) != 1:
                 continue
             if 0 < (tensor.nbytes or 0) <= _VECTOR_BYTES:
@@ -233,7 +252,7 @@ class Context:
         """
         from ggufkit import stats
 
-        tensors = self._readable()
+        tensors = self.readable
         total, done = sum(tensor.nbytes or 0 for tensor in tensors), 0
 
         def advance(count: int) -> None:
@@ -250,24 +269,6 @@ class Context:
             else:
                 found[tensor.name] = result
         return found
-
-    def _readable(self) -> list[Tensor]:
-        """The tensors whose bytes are there.
-
-        What a header merely claims costs nothing, and where tensors overlap, no more than twice the file is read.
-        """
-        readable = []
-        left = 2 * self.gguf.size
-        for tensor in self.gguf.tensors.values():
-            try:
-                self.gguf.read(tensor, tensor.nbytes or 0, 0)
-                left -= tensor.nbytes or 0
-                if left < 0:
-                    raise FormatError("its bytes belong to other tensors as well")
-                readable.append(tensor)
-            except GgufkitError as error:
-                self.unmeasured[tensor.name] = error
-        return readable
 
 
 def _no_header(context: Context) -> str | None:

@@ -152,16 +152,16 @@ def data_order(context: Context) -> Iterator[Found]:
     Fix. Convert the model again.
     """
     for shard in context.gguf.shards:
-        places = {0}  # where the next tensor may begin: in line with the last one, and where that should have been
+        in_line = behind = 0  # where the next tensor may begin: in line with all before it, or behind the last one
         for tensor in shard.tensors:
             if tensor.nbytes is None:
                 break  # what follows a tensor of unknown size cannot be placed
-            if tensor.relative_offset not in places:
-                yield _out_of_order(tensor, max(places))
-                places.add(tensor.relative_offset)
+            place = tensor.relative_offset
+            if place in (in_line, behind):
+                in_line = place
             else:
-                places = {tensor.relative_offset}
-            places = {_padded(place + tensor.nbytes, shard.alignment) for place in places}
+                yield _out_of_order(tensor, in_line)
+            in_line, behind = (_padded(start + tensor.nbytes, shard.alignment) for start in (in_line, place))
 
 
 def _out_of_order(tensor: Tensor, expected: int) -> Found:

@@ -126,17 +126,20 @@ def listing(*columns: str, right: Iterable[str] = (), wide: str | None = None) -
 
 def commands(lines: Iterable[str]) -> list[RenderableType]:
     """Commands to type, each on a line of its own that is never wrapped; nothing for none."""
-    said = [Text("  " + shown(line), "note" if line.startswith("#") else "", no_wrap=True) for line in lines]
+    said = [
+        Text("  " + shown(line), "note" if line.startswith("#") else "", no_wrap=True, overflow="ignore")
+        for line in lines
+    ]
     return [heading("To see it again"), *said, Text()] if said else []
 
 
 def show(console: Console, *things: RenderableType) -> None:
     """Print things below each other; what goes to a pipe or a file has no spaces at the ends of its lines."""
     if console.is_terminal:
-        console.print(Group(*things))
+        console.print(Group(*things), crop=False)
         return
     with console.capture() as capture:
-        console.print(Group(*things))
+        console.print(Group(*things), crop=False)
     console.file.write("\n".join(line.rstrip() for line in capture.get().split("\n")))
 
 
