@@ -24,16 +24,19 @@ from ggufkit.runtime.cpu.simd import (
     bfloat16s,
     codes,
     divide,
+    element,
     exp,
     float16s,
     floats,
     fma,
     full,
+    inlined,
     kernel,
     load,
     maximum,
     multiply,
     prefetch,
+    spread,
     store,
     subtract,
     tile,
@@ -43,7 +46,6 @@ from ggufkit.runtime.cpu.simd import (
 PANEL = TILE_VECTORS * LANES  # rows that a tile computes at once
 STRIP = 2  # panels that a task of `matmul` widens together, to use each piece of x twice
 DEPTH = 512  # columns that it widens at once: with the strip, what fits into the second-level cache
-_AHEAD = 4096  # bytes that `matvec` asks for in advance
 
 #: how the elements of a matrix are stored
 CODES, CODES_MINS, FLOAT32, FLOAT16, BFLOAT16 = range(5)
@@ -58,21 +60,23 @@ def scratch_floats(head_dim: int, n_keys: int) -> int:
 # --- matrices by vectors ---------------------------------------------------------------------------------------
 
 
-@kernel
+@inlined
 def _dot(data: Any, at: int, x: Any, first: int, count: int) -> Any:
     """Σ data · x over `count` columns, for sixteen rows."""
     a, b, c, d = full(0.0), full(0.0), full(0.0), full(0.0)
-    ahead = _AHEAD // data.itemsize
-    for j in range(0, count - 3, 4):
-        place = at + j * LANES
-        for part in range(data.itemsize):
-            prefetch(data, place + part * (4 * LANES // data.itemsize) + ahead)
-        a = fma(load(data, place), x[first + j], a)
-        b = fma(load(data, place + LANES), x[first + j + 1], b)
-        c = fma(load(data, place + 2 * LANES), x[first + j + 2], c)
-        d = fma(load(data, place + 3 * LANES), x[first + j + 3], d)
-    for j in range(count - count % 4, count):
-        a = fma(load(data, at + j * LANES), x[first + j], a)
+    for j in range(0, count - 7, 8):
+        place, column = at + j * LANES, first + j
+        prefetch(data, place)
+        a = fma(load(data, place), spread(x, column), a)
+        b = fma(load(data, place + LANES), spread(x, column + 1), b)
+        c = fma(load(data, place + 2 * LANES), spread(x, column + 2), c)
+        d = fma(load(data, place + 3 * LANES), spread(x, column + 3), d)
+        a = fma(load(data, place + 4 * LANES), spread(x, column + 4), a)
+        b = fma(load(data, place + 5 * LANES), spread(x, column + 5), b)
+        c = fma(load(data, place + 6 * LANES), spread(x, column + 6), c)
+        d = fma(load(data, place + 7 * LANES), spread(x, column + 7), d)
+    for j in range(count - count % 8, count):
+        a = fma(load(data, at + j * LANES), spread(x, first + j), a)
     return add(add(a, b), add(c, d))
 
 
@@ -92,7 +96,7 @@ def _rows_by_vector(
             else:
                 total = fma(part, load(scales, at), total)
             if mins is not None:
-                total = fma(load(mins, at), sums[g], total)
+                total = fma(load(mins, at), spread(sums, g), total)
         store(out, block * LANES, total)
 
 
@@ -193,10 +197,13 @@ def arrange(op: Any, task: int) -> None:
     """x [n, width] as [tiles, width, TILE_COLUMNS], the last tile filled up with zeros; a task is a tile."""
     x, size = floats(op.x, op.n * op.width), op.width * TILE_COLUMNS
     out = floats(op.out + 4 * task * size, size)
-    for c in range(TILE_COLUMNS):
-        row = task * TILE_COLUMNS + c
-        for column in range(op.width):
-            out[column * TILE_COLUMNS + c] = x[row * op.width + column] if row < op.n else np.float32(0)
+    first = task * TILE_COLUMNS
+    rows = min(TILE_COLUMNS, op.n - first)
+    for column in range(op.width):
+        for c in range(rows):
+            out[column * TILE_COLUMNS + c] = element(x, (first + c) * op.width + column)
+        for c in range(rows, TILE_COLUMNS):
+            out[column * TILE_COLUMNS + c] = 0
 
 
 @kernel

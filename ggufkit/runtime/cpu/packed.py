@@ -7,6 +7,7 @@ F16 and BF16 keep their two bytes; what is wider is kept as float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from ggufkit import quants
 from ggufkit.container import GGUF, Tensor
+from ggufkit.quants import compiled
 from ggufkit.runtime.cpu.interleave import interleave
 from ggufkit.runtime.cpu.kernels import BFLOAT16, CODES, CODES_MINS, FLOAT16, FLOAT32, PANEL
 from ggufkit.runtime.cpu.program import available_threads
@@ -28,6 +30,8 @@ from ggufkit.runtime.weights import Weights
 #: called with the bytes packed so far and those to pack in all
 Progress = Callable[[int, int], None]
 
+Part = tuple[tuple[int, ...], np.dtype[Any]]  # shape and dtype
+_LINE = 64  # bytes of a cache line
 _PIECE = 1 << 19  # weights that a thread packs at a time: temporary arrays stay small
 #: two-byte floats by the integer type that tells the kernels which they are
 _HALVES = {"F16": np.dtype(np.int16), "BF16": np.dtype(np.uint16)}
@@ -112,7 +116,8 @@ class PackedWeights:
     def _pack(self, names: tuple[str, ...], progress: Progress | None = None) -> list[Matrix]:
         """Pack whole matrices in pieces of rows, on all threads."""
         tensors = [self._floats.gguf.tensor(name) for name in names]
-        made = [_empty(tensor) for tensor in tensors]
+        arena = _Arena(part for tensor in tensors for part in _parts(tensor) if part is not None)
+        made = [_empty(tensor, arena) for tensor in tensors]
         pieces = [(t, m, first, n) for t, m in zip(tensors, made, strict=True) for first, n in _pieces(t)]
         done, total = 0, sum(tensor.nbytes or 0 for tensor in tensors)
         with ThreadPoolExecutor(available_threads()) as pool:
@@ -139,31 +144,55 @@ def _pieces(tensor: Tensor) -> Iterator[tuple[int, int]]:
         yield first, min(step, tensor.n_rows - first)
 
 
-def _empty(tensor: Tensor) -> Matrix:
-    """Room for a matrix; rows are filled up to whole panels, with zeros."""
+class _Arena:
+    """One large piece of memory, which the system can give in large pages: there is less to look up while reading."""
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self._memory = np.empty(sum(map(self._room, parts)) + _LINE, np.uint8)
+        self._at = -self._memory.ctypes.data % _LINE
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """The next part of it, on a cache line of its own."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        part = self._memory[self._at : self._at + nbytes].view(dtype).reshape(shape)
+        self._at += self._room((shape, dtype))
+        return part
+
+    @staticmethod
+    def _room(part: Part) -> int:
+        shape, dtype = part
+        return -(-math.prod(shape) * dtype.itemsize // _LINE) * _LINE
+
+
+def _parts(tensor: Tensor) -> tuple[Part, Part | None, Part | None]:
+    """Shapes and dtypes of a packed tensor's data, scales and mins; rows are filled up to whole panels."""
     type_, (rows, columns) = tensor.type, tensor.shape
     assert type_ is not None  # engines refuse unknown types before they load
-    group = type_.group if type_.is_block else columns
-    dtype = np.dtype(np.int8) if type_.is_block else _HALVES.get(type_.name, np.dtype(np.float32))
+    blocks = -(-rows // PANEL) * (PANEL // LANES)
+    if not type_.is_block:
+        return ((blocks, columns, LANES), _HALVES.get(type_.name, np.dtype(np.float32))), None, None
+    scale = (blocks, columns // type_.group, LANES), np.dtype(np.float32)
+    return ((blocks, columns, LANES), np.dtype(np.int8)), scale, scale if type_.has_min else None
 
-    def room(width: int, dtype: Any) -> NDArray[Any]:
-        blocks = -(-rows // PANEL) * (PANEL // LANES)
-        made = np.empty((blocks, width, LANES), dtype)
-        made[rows // LANES :] = 0
-        return made
 
-    scales = room(columns // group, np.float32) if type_.is_block else None
-    mins = room(columns // group, np.float32) if type_.has_min else None
-    return Matrix(rows, columns, room(columns, dtype), scales, mins, group)
+def _empty(tensor: Tensor, arena: _Arena) -> Matrix:
+    """Room for a tensor, with zeros where there are no rows."""
+    rows, columns = tensor.shape
+    data, scales, mins = (None if part is None else arena.take(*part) for part in _parts(tensor))
+    for part in (data, scales, mins):
+        if part is not None:
+            part[rows // LANES :] = 0
+    assert data is not None
+    return Matrix(rows, columns, data, scales, mins, columns if scales is None else columns // scales.shape[1])
 
 
 def _take_apart(tensor: Tensor, raw: NDArray[np.uint8], byteorder: str) -> tuple[NDArray[Any] | None, ...]:
     """Rows of packed bytes as rows of codes (or floats), scales and mins."""
     type_ = tensor.type
     assert type_ is not None
+    little = raw if byteorder == "little" else quants.to_little(type_, raw)
     if type_.is_block:
-        return quants.unpack(type_, raw, byteorder)
+        return compiled.unpack(type_, little)
     if type_.name in _HALVES:
-        little = raw if byteorder == "little" else quants.to_little(type_, raw)
         return little.view(_HALVES[type_.name]), None, None
-    return quants.dequantize(type_, raw, byteorder=byteorder), None, None
+    return quants.dequantize(type_, little), None, None

@@ -56,7 +56,7 @@ class Plan:
         self._config, self._weights = config, weights
         self._rows: list[dict[str, int]] = []
         self._steps: list[tuple[int, str, int | None, Floats]] = []
-        self._buffers: dict[str, Floats] = {}
+        self._buffers: dict[tuple[str, tuple[int, ...]], Floats] = {}
         self._kept: list[NDArray[Any]] = []  # whatever addresses point into
         self._layer: int | None = None
         self._eps = np.full(1, config.norm_eps, np.float32)
@@ -223,11 +223,10 @@ class Plan:
         self._steps += [(len(self._rows), step, self._layer, array) for step, array in steps.items()]
 
     def _buffer(self, name: str, *shape: int) -> Floats:
-        """The buffer of that name; layers share it."""
-        if name not in self._buffers:
-            self._buffers[name] = np.zeros(shape, np.float32)
-        assert self._buffers[name].shape == shape
-        return self._buffers[name]
+        """The buffer of that name and shape; layers share it."""
+        if (name, shape) not in self._buffers:
+            self._buffers[name, shape] = np.zeros(shape, np.float32)
+        return self._buffers[name, shape]
 
     def _by_head(self, x: Floats) -> Floats:
         return x.reshape(self.n, -1, self._config.head_dim)

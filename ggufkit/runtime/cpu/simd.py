@@ -26,6 +26,8 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
+_LINE = 64  # bytes of a cache line
+_AHEAD = 4096  # how many bytes in advance `prefetch` asks for
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -34,14 +36,22 @@ _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 
 
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+
+
 def kernel(function: Function) -> Function:
     """Compile at the first call, once a type of its arguments; runs without the GIL and checks no index."""
-    return cast(Function, numba.njit(nogil=True, error_model="numpy", boundscheck=False)(function))
+    return cast(Function, numba.njit(**_OPTIONS)(function))
+
+
+def inlined(function: Function) -> Function:
+    """A kernel that becomes part of whoever calls it: what is handed over are registers then."""
+    return cast(Function, numba.njit(**_OPTIONS, forceinline=True)(function))
 
 
 def kept(function: Function) -> Function:
     """A kernel whose code is kept on disk. Numba notices changes of the function's own file only."""
-    return cast(Function, numba.njit(nogil=True, error_model="numpy", boundscheck=False, cache=True)(function))
+    return cast(Function, numba.njit(**_OPTIONS, cache=True)(function))
 
 
 def _operation(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,6 +177,26 @@ def full(typing: Any, value: Any) -> Any:
     return VECTOR(value), lambda context, builder, signature, arguments: _operand(
         context, builder, signature.args[0], arguments[0]
     )
+
+
+@_operation
+def spread(typing: Any, array: Any, index: Any) -> Any:
+    """One element of a float32 array in every lane."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _spread(builder, builder.load(_address(context, builder, signature.args[0], *arguments)))
+
+    return VECTOR(array, index), generate
+
+
+@_operation
+def element(typing: Any, array: Any, index: Any) -> Any:
+    """array[index], without a thought of negative indices."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load(_address(context, builder, signature.args[0], *arguments))
+
+    return types.float32(array, index), generate
 
 
 @_operation
@@ -314,10 +344,11 @@ def tile(
             row = builder.gep(panel, [builder.mul(loop.index, number(TILE_VECTORS * LANES))])
             weights = [_read(builder, builder.gep(row, [number(v * LANES)]), _FLOATS) for v in range(TILE_VECTORS)]
             here = builder.gep(x, [builder.mul(loop.index, row_step)])
-            values = [_spread(builder, builder.load(builder.gep(here, [column]))) for column in columns]
-            for vector, column in places:
-                place = sums[vector, column]
-                builder.store(_fma(builder, weights[vector], values[column], builder.load(place)), place)
+            for column, offset in enumerate(columns):  # in this order, so that few values are alive at once
+                value = _spread(builder, builder.load(builder.gep(here, [offset])))
+                for vector, weight in enumerate(weights):
+                    place = sums[vector, column]
+                    builder.store(_fma(builder, weight, value, builder.load(place)), place)
         for place in places:
             _write(builder, builder.load(sums[place]), target(*place))
         return context.get_dummy_value()
@@ -341,25 +372,25 @@ def pointer(typing: Any, address: Any) -> Any:
     )
 
 
-@kernel
+@inlined
 def floats(address: int, count: int) -> Any:
     """The float32 array at an address."""
     return carray(pointer(address), count, np.float32)
 
 
-@kernel
+@inlined
 def codes(address: int, count: int) -> Any:
     """The int8 array at an address."""
     return carray(pointer(address), count, np.int8)
 
 
-@kernel
+@inlined
 def float16s(address: int, count: int) -> Any:
     """The bits of float16 at an address, which `load` knows by their type."""
     return carray(pointer(address), count, np.int16)
 
 
-@kernel
+@inlined
 def bfloat16s(address: int, count: int) -> Any:
     """The bits of bfloat16 at an address, which `load` knows by their type."""
     return carray(pointer(address), count, np.uint16)
@@ -367,14 +398,17 @@ def bfloat16s(address: int, count: int) -> Any:
 
 @_operation
 def prefetch(typing: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line of an element that is needed soon; it need not exist."""
+    """Ask for the eight vectors _AHEAD bytes behind `index`, which will be loaded soon; they need not exist."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = _address(context, builder, signature.args[0], *arguments)
-        address = builder.bitcast(address, ir.IntType(8).as_pointer())
-        type_ = ir.FunctionType(ir.VoidType(), [address.type, _I32, _I32, _I32])
+        n_bytes = 8 * LANES * signature.args[0].dtype.bitwidth // 8
+        start = _address(context, builder, signature.args[0], *arguments)
+        start = builder.bitcast(start, ir.IntType(8).as_pointer())
+        type_ = ir.FunctionType(ir.VoidType(), [start.type, _I32, _I32, _I32])
         function = _emit.get_or_insert_function(builder.module, type_, "llvm.prefetch.p0")
-        builder.call(function, [address, _I32(0), _I32(3), _I32(1)])  # to read, into every level, data
+        for offset in range(0, n_bytes, _LINE):
+            line = builder.gep(start, [ir.Constant(_I64, _AHEAD + offset)])
+            builder.call(function, [line, _I32(0), _I32(3), _I32(1)])  # to read, into every level, data
         return context.get_dummy_value()
 
     return types.void(array, index), generate
