@@ -16,10 +16,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ggufkit.errors import DeviceError
 
 #: the oldest compute capability that the kernels are written for (integer tensor cores), as 10 · major + minor
 OLDEST = 75
+
+#: bytes of arrays that are read back into page-locked memory
+_PINNED_LEAST, _PINNED_MOST = 64 << 10, 256 << 20
 
 _HERE = Path(__file__).parent
 _FOLDERS = (_HERE / "runtime" / "cuda" / "kernels", _HERE / "quants" / "cuda")
@@ -144,6 +149,17 @@ def memory_for(what: str) -> Iterator[None]:
             f"{what} does not fit into the GPU's memory: {free / 1e9:.1f} of {total / 1e9:.1f} GB are free",
             help="give a smaller context (--ctx), close other programs on the GPU, or use --device cpu",
         ) from error
+
+
+def to_host(array: Any) -> Any:
+    """A NumPy copy of a device array. A large one lies in page-locked memory, which copies at several times the rate
+    and is kept for the next one of about that size."""
+    cupy = library()
+    if not _PINNED_LEAST <= array.nbytes <= _PINNED_MOST:
+        return array.get()
+    memory = cupy.cuda.alloc_pinned_memory(1 << (array.nbytes - 1).bit_length())
+    host = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
+    return array.get(out=host)
 
 
 def source(*names: str) -> str:

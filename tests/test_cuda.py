@@ -18,9 +18,10 @@ from tiny_models import Shape, tiny_model
 
 from ggufkit import gpu, quants, reader
 from ggufkit.arch import Config
-from ggufkit.errors import DeviceError, Unsupported, UsageError
+from ggufkit.errors import DeviceError, NotFinite, Unsupported, UsageError
 from ggufkit.runtime.engine import Edit, element_edits
 from ggufkit.runtime.reference import ReferenceEngine
+from ggufkit.runtime.sampling import Sampler, SamplingParams, log_sum_exp
 from ggufkit.steps import Recorder
 
 SMALL_BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4")
@@ -139,7 +140,7 @@ def test_every_type_survives_packing(tmp_path, place, type_name):
     config = ReferenceEngine(model).config
     weights = DeviceWeights(model, config)
     weights.load()
-    runner = PromptRunner(config, weights, None, half=False)
+    runner = PromptRunner(config, weights, half=False)
     runner.compile()
     runner._prepare_weights()
     wide = runner._wide(0)
@@ -169,29 +170,111 @@ def test_two_runs_agree_in_every_bit(tmp_path, place):
         assert first.tobytes() == second.tobytes()
 
 
-def test_greedy_says_what_one_token_at_a_time_says(tmp_path, place):
+#: each kind of filter, and so much warmth that chance decides
+SAMPLING = [
+    SamplingParams(),
+    SamplingParams(temperature=1.5, seed=3),
+    SamplingParams(temperature=2.0, min_p=0.2, seed=4),
+    SamplingParams(temperature=1.2, top_k=7, seed=5),
+    SamplingParams(temperature=0.9, top_p=0.6, seed=6),
+    SamplingParams(temperature=1.1, top_k=40, top_p=0.9, min_p=0.05, seed=7),
+    SamplingParams(temperature=1.0, top_k=1000, seed=8),
+]
+
+
+@pytest.mark.parametrize("params", SAMPLING, ids=str)
+def test_following_says_what_one_token_at_a_time_says(tmp_path, place, params):
     engine = engine_of(make(tmp_path, "qwen2"))
     cache = engine.new_cache(16)
-    logits = engine.forward(IDS[:4], cache)[0]
-    said = list(engine.greedy(int(logits.argmax()), cache, 7, burst=3))
+    first = int(engine.forward(IDS[:4], cache)[0].argmax())
+    said = list(engine.follow(first, cache, 7, Sampler(params), burst=3))
     assert cache.length == 4 + 7
     cache.truncate(4)
-    token = int(logits.argmax())
-    for expected, chance in said:
-        logits = engine.forward([token], cache)[0].astype(np.float64)
-        token = int(logits.argmax())
-        assert token == expected
-        assert chance == pytest.approx(logits[token] - np.log(np.exp(logits).sum()), abs=1e-4)
+    token, sampler = first, Sampler(params)
+    for choice in said:
+        expected = sampler(engine.forward([token], cache)[0])
+        assert choice.id == expected.id
+        assert choice.logprob == pytest.approx(expected.logprob, abs=1e-4)
+        token = choice.id
 
 
-def test_greedy_left_early_leaves_the_cache_at_what_was_taken(tmp_path, place):
+def test_following_left_early_leaves_the_cache_at_what_was_taken(tmp_path, place):
     engine = engine_of(make(tmp_path, "qwen2"))
     cache = engine.new_cache(16)
-    answer = engine.greedy(IDS[0], cache, 9, burst=4)
+    answer = engine.follow(IDS[0], cache, 9, Sampler(), burst=4)
     taken = [next(answer) for _ in range(3)]
     answer.close()
     assert cache.length == 3
-    assert engine.forward([taken[-1][0]], cache).shape == (1, 288)
+    assert engine.forward([taken[-1].id], cache).shape == (1, 288)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1, seed=1)], ids=["greedy", "drawn"])
+def test_following_ends_where_the_logits_are_not_finite(tmp_path, place, params):
+    model = make(tmp_path, "qwen2")
+    engine = engine_of(model)
+    cache = engine.new_cache(16)
+    with (
+        engine.patched(element_edits(model, "blk.1.attn_v.bias", {3: float("nan")})),
+        pytest.raises(NotFinite, match="288 are NaN"),
+    ):
+        next(engine.follow(IDS[0], cache, 9, Sampler(params), burst=4))
+    assert cache.length == 1
+
+
+def choose(logits, params, uniform):
+    """One choice on the device, from logits of our own."""
+    from ggufkit.runtime.cuda.sample import Chooser
+
+    cupy = gpu.library()
+    likeliest = int(logits.argmax())
+    token, chance = cupy.asarray(np.array([likeliest], np.int32)), cupy.empty(1, np.float32)
+    chance.set(np.array([logits[likeliest] - log_sum_exp(logits)], np.float32))
+    Chooser(params, len(logits))(cupy.asarray(logits), uniform, token, chance)
+    return int(token.get()[0]), float(chance.get()[0])
+
+
+@pytest.mark.parametrize("params", SAMPLING[1:], ids=str)
+@pytest.mark.parametrize("spread", [0.5, 3.0, 30.0])
+def test_a_choice_is_the_host_s(place, params, spread):
+    rng = np.random.default_rng(0)
+    n_vocab, tries = (151_936, 20) if place == "gpu" else (700, 3)
+    for _ in range(tries):
+        logits, uniform = rng.normal(0, spread, n_vocab).astype(np.float32), float(rng.random())
+        token, chance = choose(logits, params, uniform)
+        expected = Sampler(params)(logits, uniform)
+        assert np.isnan(chance) or (token, chance) == (expected.id, pytest.approx(expected.logprob, abs=1e-4))
+        assert not np.isnan(chance) or params.top_k > 100 or params.top_p < 1  # too many for it
+
+
+@pytest.mark.parametrize(
+    ("logits", "params", "expected"),
+    [
+        ([1, 3, 3, 2], {"top_k": 2}, {1, 2}),
+        ([5, 5, 5, 5, 5, 5], {"top_k": 3}, {0, 1, 2}),
+        ([0, 9, 0, 0], {"top_p": 0.5}, {1}),
+        ([0, 200, 0, 199.9], {"top_p": 1e-9}, {1}),
+        ([-1e30, 0, 1e-3, -1e30], {"top_k": 2}, {1, 2}),
+        ([0, 1, 2, 3], {"min_p": 1.0}, {3}),
+        ([7], {"top_k": 5, "top_p": 0.5}, {0}),
+    ],
+)
+def test_what_the_filters_leave_on_the_device(place, logits, params, expected):
+    said = {
+        choose(np.array(logits, np.float32), SamplingParams(temperature=50, seed=0, **params), uniform)[0]
+        for uniform in np.linspace(0, 0.9999, 12)
+    }
+    assert said == expected
+
+
+def test_a_context_beyond_the_training_s_is_rotated_like_any_other(tmp_path, place):
+    model = make(tmp_path, "tied")
+    engine, reference = engine_of(model), ReferenceEngine(model)
+    n = engine.config.n_ctx_train + 3
+    ids = [i % 250 for i in range(n - 1)]
+    cache, kept = engine.new_cache(n), reference.new_cache(n)
+    for part in (ids, IDS[:1]):
+        expected = reference.forward(part, kept)
+        np.testing.assert_allclose(engine.forward(part, cache), expected, atol=1e-4)
 
 
 def test_the_keys_of_a_long_context_may_be_split(tmp_path, place, monkeypatch):
@@ -281,7 +364,7 @@ def test_what_it_says_of_itself(tmp_path, place):
         (lambda engine: engine.forward([1] * 5, engine.new_cache(4)), UsageError),
         (lambda engine: engine.new_cache(0), UsageError),
         (lambda engine: engine.new_cache(4).truncate(1), UsageError),
-        (lambda engine: next(engine.greedy(-1, engine.new_cache(4), 2)), UsageError),
+        (lambda engine: next(engine.follow(-1, engine.new_cache(4), 2, Sampler())), UsageError),
         (lambda engine: engine.patched([Edit("no.weight", 0, b"1")]).__enter__(), UsageError),
         (lambda engine: engine.patched([Edit("output_norm.weight", 254, b"123")]).__enter__(), UsageError),
     ],

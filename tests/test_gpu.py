@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import types
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -148,15 +149,13 @@ def compile_log(library: ctypes.CDLL, text: str, options: tuple[str, ...]) -> st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("module", ["repack", "prompt", "decode"])
+@pytest.mark.parametrize("module", ["repack", "prompt", "decode", "sample"])
 def test_the_kernels_compile(module, capability):
     """With all types at once and in either precision: what no other test on this machine can see is the PTX."""
     library = nvrtc()
     if library is None:
         pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
-    from ggufkit.runtime.cuda import decode, prompt, weights
-
-    names = {"repack": weights.KERNELS, "prompt": prompt.KERNELS, "decode": decode.KERNELS}[module]
+    names = import_module(f"ggufkit.runtime.cuda.{'weights' if module == 'repack' else module}").KERNELS
     half = capability != 89
     macros = {
         "N_EMBD": 256,

@@ -54,7 +54,9 @@ def load(
     if device == "reference" or (device == "cpu" and wanted == "float64"):
         return _reference(model, wanted or "float32")
     if device == "cuda":
-        return _cuda(model, wanted)
+        cuda = import_module("ggufkit.runtime.cuda")
+        engine: Engine = cuda.CudaEngine(model, wanted or "float16", note=note, progress=progress)
+        return engine
     if wanted not in (None, "float32"):
         raise UsageError(f"the CPU does not compute in {wanted}", expected="float32 or float64")
     if 4 * sum(tensor.n_elements for tensor in model.tensors.values()) < SMALL:
@@ -90,10 +92,3 @@ def _reference(model: GGUF, dtype: str) -> Engine:
     from ggufkit.runtime.reference import ReferenceEngine
 
     return ReferenceEngine(model, dtype)
-
-
-def _cuda(model: GGUF, dtype: str | None) -> Engine:
-    engine: Engine = import_module("ggufkit.runtime.cuda").CudaEngine(
-        model, **({} if dtype is None else {"dtype": dtype})
-    )
-    return engine

@@ -1,13 +1,14 @@
 """Tokens a second, measured the way llama-bench does.
 
 `pp N` runs a prompt of N tokens at once, `tg N` generates N tokens one by one; each is warmed up once and repeated.
-What is generated does not matter, so the tokens are given and no sampler is timed. Times include whatever the engine
-does between calls, and end when the logits are on the CPU.
+What is generated does not matter, so the tokens are given and no sampler is timed, except where an engine chooses
+them itself. Times include whatever the engine does between calls, and end when logits, or tokens, are on the CPU.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ import numpy as np
 from ggufkit.arch import expected_tensors
 from ggufkit.container import GGUF
 from ggufkit.errors import UsageError
-from ggufkit.runtime.engine import Engine
+from ggufkit.runtime.engine import Engine, Follower
+from ggufkit.runtime.sampling import Sampler
 
 #: tokens are taken from the first rows of the vocabulary, which every model has
 _ID_ROWS = 256
@@ -152,9 +154,12 @@ def _prompt(engine: Engine, length: int) -> float:
 
 
 def _generate(engine: Engine, length: int) -> float:
-    """Seconds to run tokens one by one from an empty cache."""
+    """Seconds to run tokens one by one from an empty cache; an engine that chooses them itself does that, too."""
     ids, cache = _ids(engine, length), engine.new_cache(length)
     start = time.perf_counter()
+    if isinstance(engine, Follower):
+        deque(engine.follow(ids[0], cache, length, Sampler()), maxlen=0)
+        return time.perf_counter() - start
     for token in ids:
         engine.forward([token], cache)
     return time.perf_counter() - start

@@ -8,10 +8,10 @@ block type, and is undone exactly.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ggufkit.arch import Config, expected_tensors, read_config
 from ggufkit.container import GGUF, Tensor
 from ggufkit.errors import FormatError, UsageError
+from ggufkit.runtime.sampling import Choice, Sampler
 from ggufkit.steps import Tap
 
 Logits = NDArray[np.float32]
@@ -85,6 +86,26 @@ class Engine(Protocol):
 
     def patched(self, edits: Iterable[Edit]) -> AbstractContextManager[None]:
         """Run with some bytes of the weights replaced; exactly as before once left."""
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """What an engine may offer besides: saying many tokens without coming back for each."""
+
+    def follow(self, token: int, cache: Any, n: int, sampler: Sampler) -> Generator[Choice, None, None]:
+        """Feed `token`, then always what `sampler` chooses: the same tokens that `forward` and it would give.
+
+        Args:
+            n: how many tokens to say, at most.
+
+        Yields:
+            each token said. When the iterator is closed the cache holds `token` and all but the last of the tokens
+            that were taken from it.
+
+        Raises:
+            UsageError: as `Engine.forward`.
+            NotFinite: the logits after a token are not finite.
+        """
 
 
 def runnable(gguf: GGUF) -> Config:

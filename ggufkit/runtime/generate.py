@@ -8,7 +8,8 @@ token. After that the logits are watched.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import numpy as np
 
 from ggufkit.arch import Config
 from ggufkit.errors import NotFinite, UsageError
-from ggufkit.runtime.engine import Engine, Logits
+from ggufkit.runtime.engine import Engine, Follower, Logits
 from ggufkit.runtime.finite import FiniteWatch, Spot, first_not_finite
 from ggufkit.runtime.sampling import GREEDY, Choice, Sampler, SamplingParams
 
@@ -192,18 +193,57 @@ class Answer(Iterator[Token]):
         self._prompt_seconds = perf_counter() - started
         room = self._session.n_ctx - len(self._prompt) + 1  # the last token said is not run
         limit = room if self._n_predict is None else min(self._n_predict, room)
-        for said in range(limit):
-            if said:
-                logits = self._decode(self._said[-1].id)
-            choice = self._choose(logits)
-            if choice.id in self._stop_ids:
-                self._stop, self._stop_id = "end of turn", choice.id
-                return
-            self._said.append(Token(choice.id, choice.logprob))
-            if self._seconds_to_first is None:
-                self._seconds_to_first = perf_counter() - started
-            yield self._said[-1]
+        with closing(self._choices(logits, limit)) as choices:
+            for choice in choices:
+                if choice.id in self._stop_ids:
+                    self._stop, self._stop_id = "end of turn", choice.id
+                    return
+                self._said.append(Token(choice.id, choice.logprob))
+                if self._seconds_to_first is None:
+                    self._seconds_to_first = perf_counter() - started
+                yield self._said[-1]
         self._stop = "length" if limit == self._n_predict else "context full"
+
+    def _choices(self, logits: Logits, limit: int) -> Generator[Choice, None, None]:
+        """What is chosen, `limit` times at most, beginning with the prompt's logits."""
+        if limit < 1:
+            return
+        with self._explained():
+            choice = self._sampler(logits)
+        yield choice
+        engine = self._session.engine
+        if isinstance(engine, Follower):
+            yield from self._follow(engine, choice, limit - 1)
+            return
+        for _ in range(limit - 1):
+            logits = self._decode(choice.id)
+            with self._explained():
+                choice = self._sampler(logits)
+            yield choice
+
+    def _follow(self, engine: Follower, choice: Choice, limit: int) -> Generator[Choice, None, None]:
+        """The rest of the choices by an engine that makes them itself."""
+        session = self._session
+        with closing(engine.follow(choice.id, session.cache, limit, self._sampler)) as following:
+            while True:
+                before = perf_counter()
+                with self._explained():
+                    found = self._next(following, choice)
+                if found is None:
+                    return
+                self._decode_seconds += perf_counter() - before
+                self._n_decoded += 1
+                choice = found
+                yield choice
+
+    def _next(self, following: Iterator[Choice], fed: Choice) -> Choice | None:
+        """The next choice; `fed` is what the cache holds by then."""
+        session = self._session
+        try:
+            return next(following, None)
+        finally:
+            if session.cache.length > len(session.ids):
+                session.ids.append(fed.id)
 
     def _run_prompt(self) -> Logits:
         """All of the prompt that the cache lacks: the last position alone, watched."""
@@ -223,9 +263,11 @@ class Answer(Iterator[Token]):
         self._n_decoded += 1
         return logits
 
-    def _choose(self, logits: Logits) -> Choice:
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say which step it is where logits are not finite."""
         try:
-            return self._sampler(logits)
+            yield
         except NotFinite as error:
             self._not_finite = self._not_finite or self._locate()
             message = f"{error.message}; the first step that is not finite is {self._not_finite}"

@@ -91,22 +91,27 @@ class Sampler:
         self.seed = secrets.randbits(32) if drawn else params.seed
         self._rng = np.random.Generator(np.random.PCG64(self.seed))
 
-    def __call__(self, logits: Logits) -> Choice:
-        """Choose from logits [V].
+    def uniform(self) -> float:
+        """The next number from [0, 1); a token takes one, unless the choice is greedy."""
+        return float(self._rng.random())
+
+    def __call__(self, logits: Logits, uniform: float | None = None) -> Choice:
+        """Choose from logits [V], with the chance that `uniform` is or the next one.
 
         Raises:
             NotFinite: some are NaN or infinite; nothing is ever chosen from those.
         """
         check_finite(logits)
-        token = int(np.argmax(logits)) if self.params.greedy else self._draw(logits)
+        token = int(np.argmax(logits)) if self.params.greedy else self._pick(logits, uniform)
         return Choice(token, float(logits[token] - log_sum_exp(logits)))
 
-    def _draw(self, logits: Logits) -> int:
+    def _pick(self, logits: Logits, uniform: float | None) -> int:
         ids = candidates(logits, self.params)
         kept = logits[ids].astype(np.float64)
         weights = np.exp((kept - kept.max()) / self.params.temperature)
         sums = np.cumsum(weights)
-        return int(ids[np.searchsorted(sums, self._rng.random() * sums[-1], side="right")])
+        chance = self.uniform() if uniform is None else uniform
+        return int(ids[np.searchsorted(sums, chance * sums[-1], side="right")])
 
 
 def candidates(logits: Logits, params: SamplingParams) -> Ids:

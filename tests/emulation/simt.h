@@ -145,6 +145,7 @@ static inline void sync_first(unsigned n) {
 }
 static inline void __syncwarp() { simt::arrive(simt::current->warp, nullptr, 0, 0); }
 static inline void __threadfence() {}
+template <class T> static inline T atomicAdd(T* at, T more) { const T before = *at; *at += more; simt::moves++; return before; }
 template <class T> static inline T __shfl_xor_sync(unsigned, T v, int mask) { return simt::exchange(v, simt::lane() ^ mask); }
 template <class T> static inline T __shfl_sync(unsigned, T v, int from) { return simt::exchange(v, from); }
 static inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }

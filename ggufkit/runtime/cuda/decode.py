@@ -31,7 +31,7 @@ WARPS = 15  # and the courier's
 MAX_SPLITS = 9
 _BULK_COPIES = 90  # the compute capability that has them
 _RING_MOST = 16 << 10
-_PLAN_POINTERS = 14  # of `Plan` in decode.cu
+_PLAN_POINTERS, _PLAN_ROPE = 14, 6  # of `Plan` in decode.cu, and the place of `rope`
 
 
 def model_macros(config: Config, weights: DeviceWeights, kv_half: bool) -> dict[str, int | str]:
@@ -87,11 +87,10 @@ def ring_bytes(device: gpu.Device, fixed: int, warps: int, largest_unit: int) ->
 class Decoder:
     """The decoding kernel of one model, with its tables and the vectors between its blocks."""
 
-    def __init__(self, config: Config, weights: DeviceWeights, rope: Any, *, kv_half: bool) -> None:
+    def __init__(self, config: Config, weights: DeviceWeights, *, kv_half: bool) -> None:
         self._config = config
         self._weights = weights
         self._cupy = gpu.library()
-        self._rope = rope
         device = gpu.device()
         most_tiles = max(matrix.n_tiles for layer in weights.layers for matrix in layer.all)
         self._n_blocks = min(device.multiprocessors, max(most_tiles, config.n_head))
@@ -137,9 +136,15 @@ class Decoder:
         words = cupy.zeros((int(starts[-1]), 2), cupy.uint32)
         pointers = [int(array.data.ptr) for array in arrays]
         pointers += [self._weights.vectors_address, self._weights.embd.address]
-        pointers += [int(self._rope.data.ptr), *(int(words.data.ptr) + 8 * int(start) for start in starts[:-1])]
+        pointers += [0, *(int(words.data.ptr) + 8 * int(start) for start in starts[:-1])]
         self._plan = cupy.asarray(np.array(pointers, np.uint64))
         self._kept = (*arrays, words)
+        self.use_rotations()
+
+    def use_rotations(self) -> None:
+        """Tell the plan where the rotations lie now."""
+        at = _PLAN_ROPE
+        self._plan[at : at + 1].set(np.array([self._weights.rope.data.ptr], np.uint64))
 
     def run(
         self,

@@ -8,10 +8,11 @@ well and computes as the reference does.
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,17 @@ from ggufkit.container import GGUF
 from ggufkit.errors import Unsupported, UsageError
 from ggufkit.runtime.cuda.decode import Decoder
 from ggufkit.runtime.cuda.prompt import CHUNK, PromptRunner
+from ggufkit.runtime.cuda.sample import Chooser
 from ggufkit.runtime.cuda.weights import DeviceWeights, Progress
 from ggufkit.runtime.engine import Edit, Logits, Which, check_ids, runnable
+from ggufkit.runtime.sampling import Choice, Sampler
 from ggufkit.steps import Tap
 
 DTYPES = ("float16", "float32")
-#: tokens of one launch of `greedy`: long enough to hide the launch, short enough to stream smoothly
+#: tokens that `follow` launches and reads together: long enough to hide the launch, short enough to stream smoothly
 BURST = 8
-#: the rotation's table grows in steps of so many positions
-_ROPE_STEP = 4096
+#: launches so many tokens from a number on, given ids and log-probabilities: (first, count, ids, chances)
+Run = Callable[[int, int, Any, Any], None]
 
 
 class CudaCache:
@@ -95,9 +98,10 @@ class CudaEngine:
         if note is not None and self._weights.converted:
             note(f"{', '.join(sorted(self._weights.converted))} run as signed bytes or F32, which loses nothing")
         half = dtype == "float16"
-        self._rope = rope_table(self.config, self.config.n_ctx_train)
-        self._decoder = Decoder(self.config, self._weights, self._rope, kv_half=half)
-        self._prompt = PromptRunner(self.config, self._weights, self._rope, half=half)
+        self._decoder = Decoder(self.config, self._weights, kv_half=half)
+        self._prompt = PromptRunner(self.config, self._weights, half=half)
+        sizes = ((2, np.int32), (2, np.float32), (self.config.n_vocab, np.float32))
+        self._one_token = tuple(self._cupy.empty(*size) for size in sizes)  # its id, log-probability and logits
         with ThreadPoolExecutor(2) as pool:
             compiling = [pool.submit(part.compile) for part in (self._decoder, self._prompt)]
             self._weights.load(progress)
@@ -106,7 +110,11 @@ class CudaEngine:
                 compiled.result()
 
     def new_cache(self, n_ctx: int) -> CudaCache:
-        return CudaCache(self.config, n_ctx, self.dtype.name)
+        cache = CudaCache(self.config, n_ctx, self.dtype.name)
+        if n_ctx > len(self._weights.rope):
+            self._weights.reserve(n_ctx)
+            self._decoder.use_rotations()
+        return cache
 
     def forward(
         self, ids: Sequence[int], cache: CudaCache, *, logits: Which = "last", tap: Tap | None = None
@@ -120,55 +128,91 @@ class CudaEngine:
         for first in range(0, len(ids), step):
             normed = self._prompt.run(device_ids[first : first + step], cache, tap)
             if logits == "all":
-                made.append(self._prompt.all_logits(normed).get())
+                made.append(gpu.to_host(self._prompt.all_logits(normed)))
         if logits == "all":
             result = np.concatenate(made) if len(made) > 1 else made[0]
         else:
             normed = normed[-1:]
-            result = self._prompt.last_logits(normed[0])[None].get()
+            result = gpu.to_host(self._prompt.last_logits(normed[0]))[None]
         if tap is not None:
             self._show_ends(tap, normed, result)
-        return np.asarray(result, np.float32)
+        return result
 
-    def greedy(self, token: int, cache: CudaCache, n: int, burst: int = BURST) -> Iterator[tuple[int, float]]:
-        """Feed `token`, then always the likeliest one, without leaving the device.
+    def follow(
+        self, token: int, cache: CudaCache, n: int, sampler: Sampler, burst: int = BURST
+    ) -> Generator[Choice, None, None]:
+        """See `runtime.engine.Follower`: tokens are chosen on the device and read back a burst behind it.
 
         Args:
-            n: how many tokens to say, at most.
-            burst: tokens of one launch.
-
-        Yields:
-            (id, log-probability) of each token said, a burst behind the device. When the iterator is closed the
-            cache holds `token` and all but the last of the tokens that were taken from it.
-
-        Raises:
-            UsageError: as `forward`.
+            burst: tokens that are read together.
         """
         check_ids([token], cache, self.config)
-        cupy = self._cupy
-        start = cache.length
+        start, said = cache.length, 0
         n = min(n, cache.n_ctx - start)
-        ids, chances = cupy.empty(n + 1, cupy.int32), cupy.empty(n + 1, cupy.float32)
-        ids[0] = token
-        said = 0
+        drawn: list[float] = []
+        run = self._runner(cache, sampler, drawn)
+        ids, chances = self._cupy.empty(n + 1, np.int32), self._cupy.empty(n + 1, np.float32)
+        while said < n:
+            ids[said : said + 1].set(np.array([token], np.int32))
+            with closing(self._say(run, cache, start, ids, chances, burst)) as saying:
+                for choice in saying:
+                    token, said = choice.id, said + 1
+                    yield choice
+            if said < n:  # logits that are not finite, or too many candidates: the host chooses
+                choice = sampler(self._one(token, cache, None)[0], drawn[said] if drawn else None)
+                token, said = choice.id, said + 1
+                yield choice
+
+    def _runner(self, cache: CudaCache, sampler: Sampler, drawn: list[float]) -> Run:
+        """What launches tokens and their choice; `drawn` is filled with the numbers that the choices take."""
+        decoder, itemsize = self._decoder, 4
+        if sampler.params.greedy:
+            return lambda first, count, ids, chances: decoder.run(cache, count, ids[first:], chances[first:])
+        choose = Chooser(sampler.params, self.config.n_vocab)
+        logits = self._cupy.empty(self.config.n_vocab, np.float32)
+
+        def run(first: int, count: int, ids: Any, chances: Any) -> None:
+            drawn.extend(sampler.uniform() for _ in range(first + count - len(drawn)))
+            for at in range(first, first + count):
+                token, chance = (int(array.data.ptr) + itemsize * at for array in (ids, chances))
+                decoder.run(cache, 1, token, chance, logits)
+                choose(logits, drawn[at], token + itemsize, chance + itemsize)
+
+        return run
+
+    def _say(
+        self, run: Run, cache: CudaCache, start: int, ids: Any, chances: Any, burst: int
+    ) -> Generator[Choice, None, None]:
+        """Tokens from the one after what the cache holds on, until one has no log-probability.
+
+        Args:
+            start: positions that the cache held before the first of `ids`.
+        """
+        said, n = cache.length - start, len(ids) - 1
         launched: deque[tuple[Any, int, int]] = deque()
         try:
             while said < n:
                 while len(launched) < 2 and cache.length - start < n:
-                    count = min(burst, n - (cache.length - start))
                     first = cache.length - start
-                    self._decoder.run(cache, count, ids[first:], chances[first:])
-                    event = cupy.cuda.Event(disable_timing=True)
-                    event.record()
-                    launched.append((event, first + 1, count))
-                event, first, count = launched.popleft()
-                event.synchronize()
+                    count = min(burst, n - first)
+                    run(first, count, ids, chances)
+                    launched.append((self._mark(), first + 1, count))
+                mark, first, count = launched.popleft()
+                mark.synchronize()
                 burst_ids, burst_chances = ids[first : first + count].get(), chances[first : first + count].get()
-                for one, chance in zip(burst_ids.tolist(), burst_chances.tolist(), strict=True):
+                for token, chance in zip(burst_ids.tolist(), burst_chances.tolist(), strict=True):
+                    if math.isnan(chance):
+                        return
                     said += 1
-                    yield one, chance
+                    yield Choice(token, chance)
         finally:
             cache.length = start + said
+
+    def _mark(self) -> Any:
+        """An event after all that was launched so far."""
+        event = self._cupy.cuda.Event(disable_timing=True)
+        event.record()
+        return event
 
     @contextmanager
     def patched(self, edits: Iterable[Edit]) -> Iterator[None]:
@@ -181,30 +225,19 @@ class CudaEngine:
 
     def _one(self, token: int, cache: CudaCache, tap: Tap | None) -> Logits:
         """One token through the decoding kernel; its logits, [1, V]."""
-        cupy = self._cupy
-        ids = cupy.asarray(np.array([token, 0], np.int32))
-        chances = cupy.empty(2, cupy.float32)
-        logits = cupy.empty(self.config.n_vocab, cupy.float32)
+        ids, chances, logits = self._one_token
+        ids.set(np.array([token, 0], np.int32))
         if tap is None:
             self._decoder.run(cache, 1, ids, chances, logits)
         else:
             self._decoder.traced(cache, ids, chances, logits, tap)
-        return np.asarray(logits.get()[None], np.float32)
+        return gpu.to_host(logits)[None]
 
     def _show_ends(self, tap: Tap, normed: Any, result: Any) -> None:
         if tap.wants("result_norm", None):
             tap("result_norm", None, normed.get())
         if tap.wants("result_output", None):
             tap("result_output", None, result)
-
-
-def rope_table(config: Config, n: int) -> Any:
-    """Cosines and sines of the rotary embedding on the device, float32 [n, D/2, 2], from double precision."""
-    cupy = gpu.library()
-    half = config.head_dim // 2
-    frequencies = cupy.asarray(config.rope_base ** (-np.arange(half) / half))
-    angles = (cupy.arange(n, dtype=cupy.float64) / config.rope_scale)[:, None] * frequencies
-    return cupy.stack([cupy.cos(angles), cupy.sin(angles)], axis=-1).astype(cupy.float32)
 
 
 def _check_shapes(config: Config) -> None:

@@ -83,10 +83,9 @@ class PromptRunner:
         half: products in f16 rather than f32.
     """
 
-    def __init__(self, config: Config, weights: DeviceWeights, rope: Any, *, half: bool) -> None:
+    def __init__(self, config: Config, weights: DeviceWeights, *, half: bool) -> None:
         self._config = config
         self._weights = weights
-        self._rope = rope
         self._cupy = gpu.library()
         self._cublas = import_module("cupy_backends.cuda.libs").cublas
         self._wide_type, self._kind = (self._cupy.float16, _CUDA_R_16F) if half else (self._cupy.float32, _CUDA_R_32F)
@@ -193,7 +192,7 @@ class PromptRunner:
             room.qkv,
             room.power,
             *vectors,
-            self._rope,
+            self._weights.rope,
             room.queries,
             cache.k,
             cache.v,

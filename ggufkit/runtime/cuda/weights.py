@@ -113,6 +113,7 @@ class DeviceWeights:
         for matrix in matrices:
             self.types |= 1 << matrix.type.number
         self._lay_out_vectors()
+        self._rope = self._cupy.empty((0, config.head_dim // 2, 2), np.float32)
 
     def load(self, progress: Progress | None = None) -> None:
         """Bring everything to the device; `progress` is told bytes done and bytes in all."""
@@ -273,6 +274,26 @@ class DeviceWeights:
         """Where a norm's weights or a bias begin on the device; 0 for one that the model does not have."""
         where = self._vector_at.get(name)
         return 0 if where is None else self.vectors_address + 4 * where.start
+
+    # --- rotations ---------------------------------------------------------------------------------------------
+
+    @property
+    def rope(self) -> Any:
+        """The rotary embedding's cosines and sines, float32 [positions, D/2, 2]; see `reserve`."""
+        return self._rope
+
+    def reserve(self, n_positions: int) -> None:
+        """Have rotations for at least that many positions."""
+        if len(self._rope) >= n_positions:
+            return
+        config, cupy = self._config, self._cupy
+        half = config.head_dim // 2
+        frequencies = cupy.asarray(config.rope_base ** (-np.arange(half) / half))
+        with gpu.memory_for(f"the rotations of {n_positions:,} positions"):
+            self._rope = cupy.empty((n_positions, half, 2), np.float32)
+        n = n_positions * half
+        arguments = (self._rope, frequencies, np.int32(half), np.int32(n), np.float64(config.rope_scale))
+        self._packer.get_function("rotations")((-(-n // 256),), (256,), arguments)
 
     # --- edits -------------------------------------------------------------------------------------------------
 

@@ -219,3 +219,11 @@ REPACK(Q6_K, chunk_word<RawQ6_K>)
 REPACK(F32, RawFloats<4>::word)
 REPACK(F16, RawFloats<2>::word)
 REPACK(BF16, RawFloats<2>::word)
+
+// Cosine and sine of each angle of the rotary embedding, [n / half positions][half], from double precision. grid: n / 256.
+extern "C" __global__ void rotations(float2* to, const double* frequencies, int half, int n, double scale) {
+    const int i = blockIdx.x * 256 + threadIdx.x;
+    if (i >= n) return;
+    const double angle = (double)(i / half) / scale * frequencies[i % half];
+    to[i] = {(float)cos(angle), (float)sin(angle)};
+}
