@@ -8,6 +8,22 @@ from pathlib import Path
 import pytest
 import real_model as models
 
+_MOST_WORKERS = 8
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs on all processors, a part of it in one process; `-n` decides otherwise.
+
+    Real models stay in one process, since each copy takes gigabytes.
+    """
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "real_model" not in config.option.markexpr
+    can = config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput")
+    if whole and can and config.option.numprocesses is None and not config.option.usepdb:
+        config.option.numprocesses = min(os.cpu_count() or 1, _MOST_WORKERS)
+        config.option.dist = "worksteal"  # neighbours stay together: they share fixtures
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers' products would fight over the processors
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Plain `pytest` is quick and offline: real models are for those who name one or ask with `-m real_model`."""
