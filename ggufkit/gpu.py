@@ -10,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -107,6 +109,27 @@ def library() -> Any:
     if not count:
         raise DeviceError("the NVIDIA driver shows no GPU", help="check CUDA_VISIBLE_DEVICES, or use --device cpu")
     return cupy
+
+
+@cache
+def blas() -> tuple[Any, int]:
+    """cuBLAS, and a handle of it. Both take a moment to load, which may be another thread's."""
+    library()
+    cublas = import_module("cupy_backends.cuda.libs").cublas
+    return cublas, cublas.create()
+
+
+def wake() -> None:
+    """Begin to get the GPU ready, if there is one, while the caller does something else."""
+
+    def begin() -> None:
+        with suppress(DeviceError):
+            device()
+            library().cuda.runtime.free(0)  # makes the context
+            blas()
+
+    if _driver_there():
+        Thread(target=begin).start()
 
 
 def _driver_there() -> bool:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from itertools import islice
 
+from ggufkit import gpu, reader
 from ggufkit import manifest as manifests
-from ggufkit import reader
 from ggufkit.checks import (  # noqa: F401 - the families register their rules
     keys,
     layout,
@@ -112,6 +112,8 @@ def run(
         if run or ablate or (run is None and any(Need.ENGINE in rule.needs for rule in rules)):
             _ablate.check_globs(gguf, ablate)
             request = RunRequest(bool(run or ablate), device, tuple(ablate), *([running] if running else []))
+            if device in ("auto", "cuda"):
+                gpu.wake()  # while the static rules are at work
         return examine(context, rules, source=os.fspath(source), request=request)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,7 +31,8 @@ from ggufkit.cli.common import (
 from ggufkit.errors import GgufkitError, UsageError
 
 if TYPE_CHECKING:
-    from ggufkit.conversation import Conversation, Reply
+    from ggufkit.container import GGUF
+    from ggufkit.conversation import Conversation, Reply, Words
 
 _CHAT_HELP = "/exit or Ctrl-D ends, Ctrl-C stops an answer, /clear forgets what was said"
 
@@ -59,7 +61,7 @@ def run(
 ) -> int:
     """Let the model answer, and prove that the answer is sane. Without a prompt, on a terminal: a chat."""
     from ggufkit import reader
-    from ggufkit.conversation import MOST_TOKENS, Conversation, Words
+    from ggufkit.conversation import MOST_TOKENS, Conversation
     from ggufkit.runtime.sampling import SamplingParams
 
     chatting = prompt is None
@@ -69,8 +71,10 @@ def run(
     params = SamplingParams(temp, top_k, top_p, min_p, seed)
     limit = MOST_TOKENS if n_predict is None else n_predict
     with reader.open(source) as gguf:
-        engine = load_engine(gguf, device, dtype)
-        words = Words.of(gguf, raw=raw)
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(_words, gguf, raw)
+            engine = load_engine(gguf, device, dtype)
+            words = reading.result()
         talk = Conversation(engine, words, params, n_ctx=ctx, n_predict=limit, messages=first_messages(words, system))
         if not words.templated and not raw:
             note("the file has no chat template: the prompt is taken as it is")
@@ -79,6 +83,15 @@ def run(
         if json:
             return _document(talk, text, source)
         return _stream(talk, talk.say(text))
+
+
+def _words(gguf: GGUF, raw: bool) -> Words:
+    """The file's words, with all that is only built when something is encoded."""
+    from ggufkit.conversation import Words
+
+    words = Words.of(gguf, raw=raw)
+    words.tokenizer.encode("?")
+    return words
 
 
 def _document(talk: Conversation, text: str, source: str) -> int:

@@ -58,8 +58,8 @@ NUMBERS = {
 #: blocks that are taken apart at once, so that the intermediate arrays stay in the cache
 _TILE = 4096
 
-#: bytes from which on the compiled kernels are worth their loading
-LARGE = 4 << 20
+#: bytes from which on the compiled kernels are worth their compiling, and, once that is done, their loading
+LARGE, MEDIUM = 4 << 20, 1 << 18
 
 
 def check_whole_blocks(qtype: QuantType, raw: U8) -> None:
@@ -95,11 +95,12 @@ def unpack(qtype: QuantType, raw: U8, byteorder: str = "little") -> Unpacked:
 
 def _dequantize_blocks(qtype: QuantType, raw: U8, out: F32) -> None:
     """uint8 [n · type_size] -> float32 [n · block_size], a tile at a time."""
-    if raw.nbytes >= LARGE:
+    if raw.nbytes >= MEDIUM:
         from ggufkit.quants import compiled
 
-        compiled.dequantize(qtype, raw, out.reshape(-1))
-        return
+        if raw.nbytes >= LARGE or compiled.is_kept(qtype):
+            compiled.dequantize(qtype, raw, out.reshape(-1))
+            return
     values = out.reshape(-1, qtype.block_size // qtype.group, qtype.group)
     for start in range(0, len(values), _TILE):
         tile = values[start : start + _TILE]

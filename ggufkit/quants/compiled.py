@@ -61,8 +61,8 @@ def table(qtype: QuantType) -> I8:
 
 
 def is_kept(qtype: QuantType) -> bool:
-    """Whether the unpacker of this type can be had without compiling it."""
-    return jit.is_kept(_MODULE, qtype.name.lower())
+    """Whether the kernels of this type can be had without compiling them."""
+    return all(jit.is_kept(_MODULE, name) for name in (qtype.name.lower(), "affine"))
 
 
 class Unpacker:

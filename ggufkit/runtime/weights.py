@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,6 +20,9 @@ Floats = NDArray[np.float32]
 
 #: models up to this many bytes of float32 are kept once dequantized
 KEEP_BYTES = 6 << 30
+#: elements that one thread unpacks at a time
+_PIECE = 1 << 20
+_THREADS = 16
 
 
 class Weights:
@@ -96,9 +102,24 @@ class Weights:
             self._kept.update(kept)
 
     def _decode(self, name: str, first_row: int, n_rows: int) -> Floats:
-        raw, type_ = self.packed_rows(name, first_row, n_rows), self.gguf.tensor(name).type
-        assert type_ is not None  # read() has refused unknown types
-        return quants.dequantize(type_, raw, byteorder=self.gguf.byteorder)
+        """Some rows, in threads where there are many: NumPy unpacks without a lock."""
+        tensor = self.gguf.tensor(name)
+        if (step := max(_PIECE // max(tensor.dims[0], 1), 1)) >= n_rows:
+            return self._decode_piece(tensor, first_row, n_rows)
+        values = np.empty((n_rows, tensor.dims[0]), np.float32)
+
+        def fill(start: int) -> None:
+            count = min(step, n_rows - start)
+            self._decode_piece(tensor, first_row + start, count, values[start : start + count])
+
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, _THREADS)) as pool:
+            deque(pool.map(fill, range(0, n_rows, step)), maxlen=0)
+        return values
+
+    def _decode_piece(self, tensor: Tensor, first_row: int, n_rows: int, out: Floats | None = None) -> Floats:
+        assert tensor.type is not None  # read() has refused unknown types
+        raw = self.packed_rows(tensor.name, first_row, n_rows)
+        return quants.dequantize(tensor.type, raw, byteorder=self.gguf.byteorder, out=out)
 
 
 def edits_within(edits: Iterable[Edit], start: int, count: int) -> Iterator[Edit]:

@@ -196,7 +196,6 @@ def modules(capability: int, multiprocessors: int) -> dict[str, types.ModuleType
         Event=Event,
         get_current_stream=lambda: stream,
         alloc_pinned_memory=bytearray,
-        device=types.SimpleNamespace(get_cublas_handle=lambda: 0),
     )
     cupy = types.ModuleType("cupy")
     for name in ("asarray", "empty", "zeros", "empty_like", "RawModule", "ndarray"):
@@ -209,7 +208,7 @@ def modules(capability: int, multiprocessors: int) -> dict[str, types.ModuleType
     cupy.get_default_memory_pool = lambda: types.SimpleNamespace(free_bytes=lambda: 0)
     libs = types.ModuleType("cupy_backends.cuda.libs")
     libs.cublas = types.SimpleNamespace(
-        gemmEx=gemm_ex, CUBLAS_OP_T=1, CUBLAS_OP_N=0, CUBLAS_COMPUTE_32F=68, CUBLAS_GEMM_DEFAULT=-1
+        create=lambda: 0, gemmEx=gemm_ex, CUBLAS_OP_T=1, CUBLAS_OP_N=0, CUBLAS_COMPUTE_32F=68, CUBLAS_GEMM_DEFAULT=-1
     )
     return {
         "cupy": cupy,
@@ -236,10 +235,11 @@ def emulated(monkeypatch, cache: Path, *, capability: int = 90, multiprocessors:
     for name, module in modules(capability, multiprocessors).items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(gpu, "_driver_there", lambda: True)
-    gpu.library.cache_clear()
-    gpu.device.cache_clear()
+    caches = (gpu.library, gpu.device, gpu.blas)
+    for found in caches:
+        found.cache_clear()
     try:
         yield
     finally:
-        gpu.library.cache_clear()
-        gpu.device.cache_clear()
+        for found in caches:
+            found.cache_clear()

@@ -216,12 +216,16 @@ class CudaEngine:
 
     @contextmanager
     def patched(self, edits: Iterable[Edit]) -> Iterator[None]:
+        edits = list(edits)
         with self._weights.patched(edits):
-            self._prompt.forget()
+            widened = any(self._weights.in_tiles(edit.tensor) for edit in edits)
+            if widened:
+                self._prompt.forget()
             try:
                 yield
             finally:
-                self._prompt.forget()
+                if widened:
+                    self._prompt.forget()
 
     def _one(self, token: int, cache: CudaCache, tap: Tap | None) -> Logits:
         """One token through the decoding kernel; its logits, [1, V]."""

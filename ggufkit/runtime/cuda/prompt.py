@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,22 +86,23 @@ class PromptRunner:
         self._config = config
         self._weights = weights
         self._cupy = gpu.library()
-        self._cublas = import_module("cupy_backends.cuda.libs").cublas
         self._wide_type, self._kind = (self._cupy.float16, _CUDA_R_16F) if half else (self._cupy.float32, _CUDA_R_32F)
         self._macros = {**model_macros(config, weights, half), "WIDE_HALF": int(half)}
         self._kept: list[_Wide] | None = None
         self._last_room: _Room | None = None
         self._buffer: _Wide | None = None
+        self._stale = True
         self._tiled = half and config.head_dim % 16 == 0 and config.head_dim <= 128
 
     def compile(self) -> None:
-        """Compile the kernels, or load them from CuPy's cache; may run in a thread of its own."""
+        """Compile the kernels, or load them from CuPy's cache, and load cuBLAS; may run in a thread of its own."""
+        self._cublas, self._handle = gpu.blas()
         self._module = gpu.compile_module(KERNELS, self._macros)
         self._functions: dict[str, Any] = {}
 
     def forget(self) -> None:
         """The packed weights have changed: what was widened from them is no longer true."""
-        self._kept = None
+        self._stale = True
 
     # --- the pass ----------------------------------------------------------------------------------------------
 
@@ -271,15 +271,16 @@ class PromptRunner:
 
     def _prepare_weights(self) -> None:
         """Widen all layers if there is room to keep them, else make the buffer for one."""
-        if self._kept is not None or (self._buffer is not None and not self._fits()):
-            return
-        with gpu.memory_for("a layer's weights at full width"):
-            if not self._fits():
-                self._buffer = self._wide_buffers(self._weights.layers[0])
-                return
-            self._kept = [self._wide_buffers(layer) for layer in self._weights.layers]
-        for layer, wide in zip(self._weights.layers, self._kept, strict=True):
-            self._widen_layer(layer, wide)
+        if self._kept is None and self._buffer is None:
+            with gpu.memory_for("a layer's weights at full width"):
+                if self._fits():
+                    self._kept = [self._wide_buffers(layer) for layer in self._weights.layers]
+                else:
+                    self._buffer = self._wide_buffers(self._weights.layers[0])
+        if self._kept is not None and self._stale:
+            for layer, wide in zip(self._weights.layers, self._kept, strict=True):
+                self._widen_layer(layer, wide)
+        self._stale = False
 
     def _fits(self) -> bool:
         elements = sum(int(np.prod(_wide_shape(layer, name))) for layer in self._weights.layers for name in _WIDE_NAMES)
@@ -329,7 +330,7 @@ class PromptRunner:
         """out = x [n, in] by weight [out, in], float32; `out` may be some columns of a wider array."""
         rows, width = weight.shape
         self._cublas.gemmEx(
-            self._cupy.cuda.device.get_cublas_handle(), self._cublas.CUBLAS_OP_T, self._cublas.CUBLAS_OP_N,
+            self._handle, self._cublas.CUBLAS_OP_T, self._cublas.CUBLAS_OP_N,
             rows, len(x), width, _ONE.ctypes.data, weight.data.ptr, self._kind, width, x.data.ptr, self._kind, width,
             _ZERO.ctypes.data, out.data.ptr, _CUDA_R_32F, out.strides[0] // 4,
             self._cublas.CUBLAS_COMPUTE_32F, self._cublas.CUBLAS_GEMM_DEFAULT,

@@ -330,6 +330,10 @@ class DeviceWeights:
             for name, values in zip(vectors, kept_vectors, strict=True):
                 self._vectors[self._vector_at[name]] = values
 
+    def in_tiles(self, name: str) -> bool:
+        """Whether a tensor lies in tiles; the others are norms and biases."""
+        return any(source.tensor.name == name for job in self._planned for source in job.sources)
+
     def _tiles_of(self, matrix: Matrix) -> Any:
         """The packed bytes of a matrix, a view."""
         start = matrix.address - int(self._memory.data.ptr)
