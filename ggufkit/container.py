@@ -87,6 +87,10 @@ class Problem:
     fatal: bool = False
 
 
+#: an array of strings is marked every so many elements
+MARK_STEP = 1024
+
+
 @dataclass(frozen=True, slots=True)
 class Field:
     """One key of the metadata, with its place in the file; the value itself is read through `Metadata`.
@@ -97,6 +101,7 @@ class Field:
         nbytes: bytes that the value takes from `value_offset`.
         element_type, count: of an array.
         scalar: the value, when it is a number or a bool.
+        marks: of an array of strings, where every `MARK_STEP`-th begins: one is found without stepping over all.
     """
 
     key: str
@@ -108,6 +113,7 @@ class Field:
     element_type: ValueType | None = None
     count: int | None = None
     scalar: int | float | bool | None = None
+    marks: tuple[int, ...] = ()
 
     @property
     def type_name(self) -> str:

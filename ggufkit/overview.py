@@ -11,10 +11,11 @@ import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ggufkit.arch import ARCHITECTURES, known_models, read_config, role_of
-from ggufkit.container import GGUF, SCALAR_CODES, SCALAR_SIZES, Field, Problem, Tensor, ValueType, text
+from ggufkit.container import GGUF, MARK_STEP, SCALAR_CODES, SCALAR_SIZES, Field, Problem, Tensor, ValueType, text
 from ggufkit.errors import FormatError, GgufkitError, UsageError
 from ggufkit.memory import Memory, memory_needed
 
@@ -402,14 +403,17 @@ def strings_at(gguf: GGUF, field: Field, indices: Iterable[int]) -> dict[int, st
     wanted = sorted({index for index in indices if 0 <= index < (field.count or 0)})
     if not wanted:
         return {}
-    data = _value_bytes(gguf, field)
     length = struct.Struct(_order(gguf, field) + "Q").unpack_from
-    found, at, index = {}, 0, 0
-    for target in wanted:
-        for _ in range(target - index):
-            at += 8 + length(data, at)[0]
-        found[target] = text(data[at + 8 : at + 8 + length(data, at)[0]])
-        index = target
+    ends = (*field.marks[1:], field.value_offset + field.nbytes)
+    found = {}
+    for number, group in groupby(wanted, lambda index: index // MARK_STEP):
+        start = field.marks[number]
+        data, at, index = _bytes(gguf, field, start, ends[number] - start), 0, number * MARK_STEP
+        for target in group:
+            for _ in range(target - index):
+                at += 8 + length(data, at)[0]
+            found[target] = text(data[at + 8 : at + 8 + length(data, at)[0]])
+            index = target
     return found
 
 
@@ -471,10 +475,14 @@ def _value_bytes(gguf: GGUF, field: Field, count: int | None = None) -> bytes:
     Raises:
         FormatError: the file got shorter since its header was read.
     """
-    source, count = gguf.shards[field.shard].source, field.nbytes if count is None else count
-    data = source.read(field.value_offset, count)
+    return _bytes(gguf, field, field.value_offset, field.nbytes if count is None else count)
+
+
+def _bytes(gguf: GGUF, field: Field, offset: int, count: int) -> bytes:
+    source = gguf.shards[field.shard].source
+    data = source.read(offset, count)
     if len(data) != count:
-        raise FormatError("the file ends inside a metadata value", path=source.name, offset=field.value_offset)
+        raise FormatError("the file ends inside a metadata value", path=source.name, offset=offset)
     return data
 
 

@@ -18,12 +18,14 @@ from __future__ import annotations
 import math
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ggufkit import quants
 from ggufkit.container import (
     GGUF,
+    MARK_STEP,
     MAX_ARRAY_DEPTH,
     SCALAR_CODES,
     SCALAR_SIZES,
@@ -210,29 +212,45 @@ class _Cursor:
             raise self._long_string(length, limit, what, at, key)
         return length
 
-    def skip_strings(self, count: int, key: str) -> None:
-        """Step over an array of strings: the one loop that a large vocabulary's header spends its time in."""
+    def skip_strings(self, count: int, key: str) -> tuple[int, ...]:
+        """Step over an array of strings; returns where every `MARK_STEP`-th begins.
+
+        This is the one loop that a large vocabulary's header spends its time in.
+        """
         length_at = struct.Struct(self.order + "Q").unpack_from
-        limit = self._limits.string
-        left = count
-        while left:
+        limit, index, marks = self._limits.string, 0, []
+        while index < count:
             if self.position + 8 > self._base + len(self._window) or self.position < self._base:
-                self.check(8, f"string {count - left} of {key!r}")
+                self.check(8, f"string {index} of {key!r}")
                 self._fill(_WINDOW)
-            window, at, last = self._window, self.position - self._base, len(self._window) - 8
+            if index % MARK_STEP == 0:
+                marks.append(self.position)
+            window, at, stop = (
+                self._window,
+                self.position - self._base,
+                min(count, (index // MARK_STEP + 1) * MARK_STEP),
+            )
             start, length = at, 0
-            while left and at <= last:
-                start = at
-                (length,) = length_at(window, at)
-                if length > limit:
-                    break
-                at += 8 + length
-                left -= 1
-            if length > limit or self._base + at > self._end:
-                self.position = self._base + start + 8
-                index = count - left - (length <= limit)
-                raise self._long_string(length, limit, f"string {index} of {key!r}", self._base + start, key)
+            with suppress(struct.error):  # the next length lies behind the window
+                while index < stop:
+                    (length,) = length_at(window, at)
+                    if length > limit:
+                        break
+                    start = at
+                    at += 8 + length
+                    index += 1
+            if length > limit:
+                raise self._too_long(at, length, index, key)
+            if self._base + at > self._end:
+                raise self._too_long(start, length, index - 1, key)
             self.position = self._base + at
+        return tuple(marks)
+
+    def _too_long(self, at: int, length: int, index: int, key: str) -> _Stop:
+        """The complaint about a string that begins at `at` of the window."""
+        self.position = self._base + at + 8
+        limit, what = self._limits.string, f"string {index} of {key!r}"
+        return self._long_string(length, limit, what, self._base + at, key)
 
     def _fill(self, count: int) -> None:
         """Move the window to the position; it never reaches beyond where the header must end."""
@@ -388,15 +406,17 @@ class _Parser:
         element = self._value_type(f"the element type of {key!r}", key)
         count = cursor.u64(f"the length of {key!r}")
         start = cursor.position
+        marks: tuple[int, ...] = ()
         if element is ValueType.ARRAY:
             self._report("array-nested", f"{key!r} is an array of arrays, which llama.cpp refuses", offset, key=key)
             self._skip_nested(key, count)
         else:
-            self._skip_elements(key, element, count)
+            marks = self._skip_elements(key, element, count)
         nbytes = cursor.position - start
-        return Field(key, ValueType.ARRAY, offset, start, nbytes, self.number, element, count)
+        return Field(key, ValueType.ARRAY, offset, start, nbytes, self.number, element, count, marks=marks)
 
-    def _skip_elements(self, key: str, element: ValueType, count: int) -> None:
+    def _skip_elements(self, key: str, element: ValueType, count: int) -> tuple[int, ...]:
+        """Step over them; returns where every `MARK_STEP`-th string begins."""
         cursor = self.cursor
         size = 8 if element is ValueType.STRING else SCALAR_SIZES[element]
         if count > cursor.left // size:
@@ -404,9 +424,9 @@ class _Parser:
             kind = "header-truncated" if count <= _PLAUSIBLE_ARRAY else "array-too-long"
             raise cursor.stop(kind, message, cursor.position - 8, key=key)
         if element is ValueType.STRING:
-            cursor.skip_strings(count, key)
-        else:
-            cursor.skip(count * size, repr(key))
+            return cursor.skip_strings(count, key)
+        cursor.skip(count * size, repr(key))
+        return ()
 
     def _skip_nested(self, key: str, count: int) -> None:
         """Step over arrays in arrays with a stack of how many are left on each level."""
