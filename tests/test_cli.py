@@ -71,6 +71,11 @@ class TestEveryCommand:
         listed = ggufkit("--help").stdout
         assert [name for name in COMMANDS if f" {name} " not in listed] == []
 
+    def test_a_mistyped_command_gets_a_suggestion(self) -> None:
+        result = CliRunner().invoke(app, ["inspct"])
+        assert result.exit_code == 2
+        assert "Did you mean 'inspect'?" in result.output
+
     @pytest.mark.parametrize("name", COMMANDS)
     def test_help(self, name: str) -> None:
         result = ggufkit(name, "--help")

@@ -6,15 +6,53 @@ Everything heavy is imported inside the commands, so that `--help` and `inspect`
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ggufkit import __version__
-from ggufkit.cli import draw, look, machine, prove, speak, verdict
+
+#: command → its file here; the order is that of `--help`
+COMMANDS = {
+    "inspect": "look",
+    "tokenize": "look",
+    "plot": "draw",
+    "validate": "verdict",
+    "rules": "verdict",
+    "explain": "verdict",
+    "run": "speak",
+    "trace": "prove",
+    "compare": "prove",
+    "diagnose": "prove",
+    "bench": "machine",
+    "doctor": "machine",
+    "demo": "machine",
+}
+
+
+class _Commands(TyperGroup):
+    """Reads only the command that is typed: building the options of all of them takes longer than to inspect a file."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands: Any = dict.fromkeys(COMMANDS)  # what a mistyped name is compared with
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        alone = typer.Typer(add_completion=False)
+        alone.command(cmd_name)(getattr(import_module(f"ggufkit.cli.{COMMANDS[cmd_name]}"), cmd_name))
+        return typer.main.get_command(alone)
+
 
 app = typer.Typer(
     name="ggufkit",
+    cls=_Commands,
     help="Is it the GGUF file, the tokenizer and template, or my engine? Answered with evidence.",
     epilog="Exit status: 0 clean, 1 findings, 2 usage, 3 something that was asked for could not be checked.",
     no_args_is_help=True,
@@ -36,10 +74,6 @@ def _options(
     ] = False,
 ) -> None:
     """Is it the GGUF file, the tokenizer and template, or my engine? Answered with evidence."""
-
-
-for group in (look, draw, verdict, speak, prove, machine):
-    group.register(app)
 
 
 def main() -> None:

@@ -50,11 +50,6 @@ class _Picture:
     on_terminal: Callable[[Console], None]
 
 
-def register(app: typer.Typer) -> None:
-    """Add this group's command."""
-    app.command()(plot)
-
-
 @command
 def plot(
     source: Annotated[str, typer.Argument(metavar="SOURCE|TRACE", help="A GGUF file, or a trace (.safetensors).")],

@@ -14,12 +14,6 @@ if TYPE_CHECKING:
     from ggufkit.container import GGUF
 
 
-def register(app: typer.Typer) -> None:
-    """Add this group's commands."""
-    for function in (inspect, tokenize):
-        app.command()(function)
-
-
 @command
 def inspect(
     source: Source,

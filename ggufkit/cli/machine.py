@@ -9,12 +9,6 @@ import typer
 from ggufkit.cli.common import Device, Dtype, Json, Source, command, load_engine, print_line, progress, stdout
 
 
-def register(app: typer.Typer) -> None:
-    """Add this group's commands."""
-    for function in (bench, doctor, demo):
-        app.command()(function)
-
-
 @command
 def bench(
     source: Source,

@@ -38,12 +38,6 @@ if TYPE_CHECKING:
 TraceFile = Annotated[Path, typer.Argument(metavar="TRACE.safetensors", help="A trace.")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add this group's commands."""
-    for function in (trace, compare, diagnose):
-        app.command()(function)
-
-
 @command
 def trace(
     source: Source,

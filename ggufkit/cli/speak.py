@@ -37,11 +37,6 @@ if TYPE_CHECKING:
 _CHAT_HELP = "/exit or Ctrl-D ends, Ctrl-C stops an answer, /clear forgets what was said"
 
 
-def register(app: typer.Typer) -> None:
-    """Add this group's commands."""
-    app.command()(run)
-
-
 @command
 def run(
     source: Source,

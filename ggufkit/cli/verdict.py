@@ -38,12 +38,6 @@ class Format(StrEnum):
     GITHUB = "github"
 
 
-def register(app: typer.Typer) -> None:
-    """Add this group's commands."""
-    for function in (validate, rules, explain):
-        app.command()(function)
-
-
 @command
 def validate(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="GGUF files, or directories of them.")],
