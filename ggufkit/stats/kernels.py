@@ -284,8 +284,12 @@ def scan_codes(
                     if (fill - counted) & (BIN_ROOM - 1) >= 64:
                         count_bins(hist, bins, counted)
                         counted = (counted + 32) & (BIN_ROOM - 1)
-                    wide, least = f64(s), f64(m)
-                    square += wide * wide * f64(s2) + 2.0 * least * (wide * f64(s1)) + n * (least * least)
+                    wide = f64(s)
+                    part = wide * wide * f64(s2)
+                    if has_min:
+                        least = f64(m)
+                        part = part + 2.0 * least * (wide * f64(s1)) + n * (least * least)
+                    square += part
                     bottom = x if x < bottom else bottom
                     top = y if y > top else top
                 else:
