@@ -120,26 +120,31 @@ def blas() -> tuple[Any, int]:
 
 
 def wake() -> None:
-    """Begin to get the GPU ready, if there is one, while the caller does something else."""
+    """Let the driver make its context, which takes a while, in a thread; CuPy finds it when it is there.
 
-    def begin() -> None:
-        with suppress(DeviceError):
-            device()
-            library().cuda.runtime.free(0)  # makes the context
-            blas()
+    Nothing happens where there is no driver, and nothing is said where something is wrong with it: whoever uses the
+    GPU will hear of it.
+    """
+    driver = _driver()
+    if driver is not None:
+        Thread(target=_make_context, args=(driver,)).start()
 
-    if _driver_there():
-        Thread(target=begin).start()
+
+def _make_context(driver: ctypes.CDLL) -> None:
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), 0) == 0:
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
 def _driver_there() -> bool:
+    return _driver() is not None
+
+
+def _driver() -> ctypes.CDLL | None:
     for name in _DRIVERS:
-        try:
-            ctypes.CDLL(name)
-        except OSError:
-            continue
-        return True
-    return False
+        with suppress(OSError):
+            return ctypes.CDLL(name)
+    return None
 
 
 def _no_device(error: Exception) -> DeviceError:

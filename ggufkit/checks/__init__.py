@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from itertools import islice
 
-from ggufkit import gpu, reader
 from ggufkit import manifest as manifests
+from ggufkit import reader
 from ggufkit.checks import (  # noqa: F401 - the families register their rules
     keys,
     layout,
@@ -39,7 +39,7 @@ from ggufkit.checks import behaviour  # noqa: F401 - the last family: its rules 
 
 # isort: split
 from ggufkit.checks import ablate as _ablate
-from ggufkit.checks.running import RunRequest, abilities, start
+from ggufkit.checks.running import RunRequest, abilities, begin, start
 
 __all__ = ["FAMILIES", "PROFILES", "RULES", "Context", "Found", "Need", "Profile", "Rule", "examine", "explain", "run"]
 
@@ -112,8 +112,6 @@ def run(
         if run or ablate or (run is None and any(Need.ENGINE in rule.needs for rule in rules)):
             _ablate.check_globs(gguf, ablate)
             request = RunRequest(bool(run or ablate), device, tuple(ablate), *([running] if running else []))
-            if device in ("auto", "cuda"):
-                gpu.wake()  # while the static rules are at work
         return examine(context, rules, source=os.fspath(source), request=request)
 
 
@@ -128,11 +126,14 @@ def examine(
     """
     rules = list(rules)
     applied = _Applied(context)
+    loading = None if request is None else begin(context, request)
     applied.apply(rule for rule in rules if Need.ENGINE not in rule.needs)
     if request is not None:
-        context.running = start(context, request, applied.findings)
+        context.running = start(context, request, applied.findings, loading)
     applied.apply(rule for rule in rules if Need.ENGINE in rule.needs)
     applied.try_out()
+    if context.running is not None:
+        context.running.finish()
     if not_selected := len(RULES) - applied.ran - applied.without:
         applied.lacking["not selected"] = [f"{not_selected} rules"]
     skipped = [Skipped(", ".join(codes), reason) for reason, codes in applied.lacking.items()]

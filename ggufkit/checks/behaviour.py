@@ -17,16 +17,15 @@ from ggufkit import arch
 from ggufkit.checks.ablate import Bench, Effect, evidence_of, typical
 from ggufkit.checks.context import Context
 from ggufkit.checks.rule import Found, Need, rule
-from ggufkit.checks.running import WATCHED, Running
+from ggufkit.checks.running import COMPARED, WATCHED, Running
 from ggufkit.container import Tensor
 from ggufkit.findings import Confidence, Evidence, Judgement, Severity
 from ggufkit.runtime import probes
-from ggufkit.runtime.engine import Engine
 
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
 
-#: positions that are run one by one, and by the slow reference
-_ONE_BY_ONE, _COMPARED = 10, 6
+#: positions that are run one by one
+_ONE_BY_ONE = 10
 #: models with fewer parameters may have been trained for something so narrow that no built-in text is any of it
 _GENERAL = 50_000_000
 #: prose costs the weakest published model of `arch.KNOWN_MODELS` 4.2 nats a token, and 6.9 without its key biases
@@ -286,23 +285,14 @@ def engines_disagree(context: Context) -> Iterator[Found]:
     """
     if (running := _finite(context)) is None:
         return
-    other = _other_engine(running)
-    shift = probes.agreement(running.engine, other, running.ids[:_COMPARED])
+    other, trusted = running.judged
+    ids = running.ids[:COMPARED]
+    shift = probes.distribution_shift(trusted, probes.all_logits(running.engine, ids), ids[1:])
     names = f"{running.engine.name} and {other.name} ({np.dtype(other.dtype).name})"
     text = f"{names} at {shift.positions} positions: mean KL {shift.mean_kl:.1g}, logits within {shift.max_abs:.1g}"
     running.note("agreement", {"mean_kl": shift.mean_kl, "top1": shift.top1, "max_abs": shift.max_abs}, text, limit=_KL)
     if not shift.mean_kl <= _KL:
         yield Found(text, value=shift.mean_kl, help=_engine_fault(running))
-
-
-def _other_engine(running: Running) -> Engine:
-    """The reference, which for itself is computed in double precision. Its weights are decoded and dropped again."""
-    from ggufkit.runtime.reference import ReferenceEngine
-    from ggufkit.runtime.weights import Weights
-
-    itself = running.engine.name == "reference"
-    weights = Weights(running.gguf, keep=itself)
-    return ReferenceEngine(running.gguf, np.float64 if itself else np.float32, weights=weights)
 
 
 def _engine_fault(running: Running) -> str:

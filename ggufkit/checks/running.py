@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
-from ggufkit import arch
+import numpy as np
+
+from ggufkit import arch, gpu
 from ggufkit.checks.context import Context
 from ggufkit.checks.rule import Need
 from ggufkit.container import GGUF, Tensor
@@ -30,6 +33,8 @@ from ggufkit.runtime.finite import Spot
 TOKENS = 128
 #: positions of which every step is looked at
 WATCHED = 24
+#: positions at which another engine is asked
+COMPARED = 6
 _COPIED = 32
 _ANSWER = 40
 _NOTES = 13  # numbers that a run notes, half of its time
@@ -39,6 +44,9 @@ _RATE = 10e6
 _PATIENCE = 60.0  # seconds that a default run may take
 #: what an engine keeps in memory: bytes a weight, and besides
 _WEIGHT_BYTES, _BESIDES = 1.5, 1 << 30
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +88,28 @@ class Running:
         self.words = words
         self.request = request
         self.probes: dict[str, dict[str, Any]] = {}
+
+        self._judging = _in_background(self._judge) if engine.name == "cuda" else None
+
+    def finish(self) -> None:
+        """Wait for what is still computing: the file is closed after this."""
+        if self._judging is not None:
+            wait([self._judging])
+
+    @cached_property
+    def judged(self) -> tuple[Engine, Logits]:
+        """An engine that is trusted, and its logits at the first `COMPARED` positions of the prose."""
+        return self._judge() if self._judging is None else self._judging.result()
+
+    def _judge(self) -> tuple[Engine, Logits]:
+        """By the reference, which for itself is computed in double precision. Weights are decoded and dropped again."""
+        from ggufkit.runtime.reference import ReferenceEngine
+        from ggufkit.runtime.weights import Weights
+
+        itself = self.engine.name == "reference"
+        weights = Weights(self.gguf, keep=itself)
+        other = ReferenceEngine(self.gguf, np.float64 if itself else np.float32, weights=weights)
+        return other, probes.all_logits(other, self.ids[:COMPARED])
 
     def note(self, name: str, value: object, text: str, limit: object = None) -> None:
         """Put a number into the report."""
@@ -138,23 +168,52 @@ class Running:
 # -- starting ------------------------------------------------------------------------------------------------------
 
 
-def start(context: Context, request: RunRequest, findings: Sequence[Finding]) -> Running | None:
+def begin(context: Context, request: RunRequest) -> Future[Running | None] | None:
+    """Start to load the model onto a GPU, if there is one, while the static rules are at work.
+
+    What the loader thinks of a damaged file is only heard if these find nothing wrong with its structure.
+    """
+    if request.device not in ("auto", "cuda") or _lacking(context):
+        return None
+    return _in_background(lambda: _load(context, request) if gpu.usable() else None)
+
+
+def start(
+    context: Context,
+    request: RunRequest,
+    findings: Sequence[Finding],
+    loading: Future[Running | None] | None = None,
+) -> Running | None:
     """Load the model, or say in the report why not.
 
     Args:
         findings: of the static rules; a damaged structure is not run.
+        loading: what `begin` began.
     """
+    wait([] if loading is None else [loading])
     reason = _obstacle(context, request, findings)
     if reason is None:
         try:
-            words = Words.of(context.gguf)
-            return Running(context, load(_with_biases(context), request.device), words, request)
+            return (loading and loading.result()) or _load(context, request)
         except GgufkitError as error:
             reason = str(error.message)
         except MemoryError:
             reason = "this machine has not enough memory for it"
     context.skip("running the model", reason, asked=request.insist)
     return None
+
+
+def _load(context: Context, request: RunRequest) -> Running:
+    words = Words.of(context.gguf)
+    return Running(context, load(_with_biases(context), request.device), words, request)
+
+
+def _in_background(function: Callable[[], T]) -> Future[T]:
+    """Run it in a thread of its own."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(function)
+    pool.shutdown(wait=False)
+    return future
 
 
 class _ZeroBiases(GGUF):
@@ -192,13 +251,16 @@ def _obstacle(context: Context, request: RunRequest, findings: Sequence[Finding]
     broken = sorted({found.code for found in findings if found.code[0] == "S" and found.severity is Severity.ERROR})
     if broken:
         return f"the file's structure is damaged ({', '.join(broken)})"
-    lacking = context.lacks(Need.CONFIG) or context.lacks(Need.VOCABULARY)
-    return lacking or _too_large(context, request)
+    return _lacking(context) or _too_large(context, request)
+
+
+def _lacking(context: Context) -> str | None:
+    return context.lacks(Need.CONFIG) or context.lacks(Need.VOCABULARY)
 
 
 def _too_large(context: Context, request: RunRequest) -> str | None:
     """Why this machine should not try, by the number of parameters; a GPU says itself what does not fit."""
-    from ggufkit import doctor, gpu
+    from ggufkit import doctor
 
     if request.device == "cuda" or (request.device == "auto" and gpu.usable()):
         return None

@@ -137,13 +137,21 @@ def progress(what: str, total: float | None = None) -> Iterator[Callable[[float]
     Yields:
         a function to call with how much of `total` is done.
     """
-    if not stderr().is_terminal:
+    if not sys.stderr.isatty():
         yield lambda done: None
         return
     from ggufkit.cli.bar import Bar
 
-    with Bar(stderr(), what, total) as bar:
+    with Bar(stderr, what, total) as bar:
         yield bar.update
+
+
+def wake(device: str) -> None:
+    """Let the GPU get ready while something else is done, where one may be used."""
+    if device != "cpu":
+        from ggufkit import gpu
+
+        gpu.wake()
 
 
 def load_engine(gguf: GGUF, device: str, dtype: str | None = None) -> Engine:
@@ -155,7 +163,7 @@ def load_engine(gguf: GGUF, device: str, dtype: str | None = None) -> Engine:
             gguf,
             device,
             dtype=dtype,
-            note=note if stderr().is_terminal else None,
+            note=note if sys.stderr.isatty() else None,
             progress=lambda done, total: advance(done / max(total, 1)),
         )
 

@@ -27,6 +27,7 @@ from ggufkit.cli.common import (
     read_prompt,
     report_error,
     stderr,
+    wake,
 )
 from ggufkit.errors import GgufkitError, UsageError
 
@@ -55,6 +56,7 @@ def run(
     json: Json = False,
 ) -> int:
     """Let the model answer, and prove that the answer is sane. Without a prompt, on a terminal: a chat."""
+    wake(device)
     from ggufkit import reader
     from ggufkit.conversation import MOST_TOKENS, Conversation
     from ggufkit.runtime.sampling import SamplingParams

@@ -11,7 +11,19 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ggufkit.cli.common import Device, Json, Output, command, note, print_line, progress, stdout, write_text, writing
+from ggufkit.cli.common import (
+    Device,
+    Json,
+    Output,
+    command,
+    note,
+    print_line,
+    progress,
+    stdout,
+    wake,
+    write_text,
+    writing,
+)
 from ggufkit.errors import UsageError
 from ggufkit.findings import Report, Severity
 
@@ -75,6 +87,8 @@ def validate(
     jobs: Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads; by default one a core.")] = None,
 ) -> int:
     """Say what is wrong with a file, each finding with its evidence."""
+    if run is not False:
+        wake(device)
     from ggufkit import baseline as baselines
     from ggufkit import settings as settled
 

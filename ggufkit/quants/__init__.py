@@ -190,6 +190,13 @@ def unpack(qtype: QuantType, raw: npt.NDArray[np.uint8], byteorder: str = "littl
     return codecs.unpack(qtype, raw, byteorder)
 
 
+def get_ready(qtype: QuantType) -> None:
+    """Compile what dequantizes a block type, unless that was done some time before; small arrays profit, too."""
+    from ggufkit.quants import compiled
+
+    compiled.get_ready(qtype)
+
+
 def dequantize(
     qtype: QuantType,
     raw: npt.NDArray[np.uint8],

@@ -65,6 +65,17 @@ def is_kept(qtype: QuantType) -> bool:
     return all(jit.is_kept(_MODULE, name) for name in (qtype.name.lower(), "affine"))
 
 
+def get_ready(qtype: QuantType) -> None:
+    """Compile or load the kernels of this type."""
+    if not is_kept(qtype):
+        Unpacker(qtype)
+        _affine()
+
+
+def _affine() -> jit.Kernel:
+    return jit.kernel(_MODULE, "affine", "PPPLLLP")
+
+
 class Unpacker:
     """The compiled unpacker of one type. Safe to share between threads."""
 
@@ -92,7 +103,7 @@ def unpack(qtype: QuantType, raw: U8) -> Unpacked:
 
 def dequantize(qtype: QuantType, raw: U8, out: F32) -> None:
     """Little-endian blocks, uint8 [n · type_size] -> float32 [n · block_size], both C-contiguous."""
-    unpacker, affine = Unpacker(qtype), jit.kernel(_MODULE, "affine", "PPPLLLP")
+    unpacker, affine = Unpacker(qtype), _affine()
     step = max(1, _TILE // qtype.block_size)
     buffers = Buffers.of(qtype, min(step, len(raw) // qtype.type_size))
     inputs = [array.ctypes.data for array in (buffers.codes, buffers.scales, buffers.mins)]

@@ -11,11 +11,9 @@ Log-probabilities are natural; token ids go in, and where a text is needed someb
 from __future__ import annotations
 
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,10 +26,10 @@ from ggufkit.runtime.finite import Spot, first_not_finite
 from ggufkit.runtime.generate import Generation, generate
 from ggufkit.runtime.sampling import log_sum_exp
 from ggufkit.steps import Array, Watch, future_keys
+from ggufkit.threads import pool
 
 _CHUNK = 128  # positions whose logits are looked at together: 78 MB at 152k tokens
 _ROWS = 8  # positions whose distributions are looked at together: 5 MB at 152k tokens
-_THREADS = 16
 
 
 def chunks(engine: Engine, ids: Sequence[int], size: int = _CHUNK) -> Iterator[tuple[int, Logits]]:
@@ -353,8 +351,7 @@ T = TypeVar("T")
 def _by_rows(function: Callable[..., T], *arrays: NDArray[Any]) -> list[T]:
     """What a function makes of a few rows of the arrays at a time, in threads: NumPy computes without a lock."""
     starts = range(0, max(len(arrays[0]), 1), _ROWS)
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, _THREADS, len(starts))) as pool:
-        return list(pool.map(lambda at: function(*(array[at : at + _ROWS] for array in arrays)), starts))
+    return list(pool().map(lambda at: function(*(array[at : at + _ROWS] for array in arrays)), starts))
 
 
 def _nats(logits: Logits, targets: NDArray[np.int_]) -> NDArray[np.float64]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,14 +13,16 @@ from ggufkit import quants
 from ggufkit.container import GGUF, Tensor
 from ggufkit.errors import UsageError
 from ggufkit.runtime.engine import Edit, apply_edits
+from ggufkit.threads import pool
 
 Floats = NDArray[np.float32]
 
 #: models up to this many bytes of float32 are kept once dequantized
 KEEP_BYTES = 6 << 30
+#: bytes of float32 from which on compiled kernels are worth their compiling, however small each tensor is
+_LARGE = 256 << 20
 #: elements that one thread unpacks at a time
 _PIECE = 1 << 20
-_THREADS = 16
 
 
 class Weights:
@@ -37,6 +37,7 @@ class Weights:
         self.gguf = gguf
         total = 4 * sum(tensor.n_elements for tensor in gguf.tensors.values())
         self._keep = total <= KEEP_BYTES if keep is None else keep
+        self._large = total > _LARGE
         self._kept: dict[str, Floats] = {}
         self._edits: dict[str, list[Edit]] = {}
 
@@ -104,6 +105,9 @@ class Weights:
     def _decode(self, name: str, first_row: int, n_rows: int) -> Floats:
         """Some rows, in threads where there are many: NumPy unpacks without a lock."""
         tensor = self.gguf.tensor(name)
+        assert tensor.type is not None  # read() has refused unknown types
+        if self._large and tensor.type.is_block:
+            quants.get_ready(tensor.type)
         if (step := max(_PIECE // max(tensor.dims[0], 1), 1)) >= n_rows:
             return self._decode_piece(tensor, first_row, n_rows)
         values = np.empty((n_rows, tensor.dims[0]), np.float32)
@@ -112,8 +116,7 @@ class Weights:
             count = min(step, n_rows - start)
             self._decode_piece(tensor, first_row + start, count, values[start : start + count])
 
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, _THREADS)) as pool:
-            deque(pool.map(fill, range(0, n_rows, step)), maxlen=0)
+        deque(pool().map(fill, range(0, n_rows, step)), maxlen=0)
         return values
 
     def _decode_piece(self, tensor: Tensor, first_row: int, n_rows: int, out: Floats | None = None) -> Floats:
