@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from tiny_models import tiny_model
 
 from ggufkit import reader
 from ggufkit.errors import UsageError
+from ggufkit.report.text import bench as text
+from ggufkit.report.text.style import console
 from ggufkit.runtime.bench import Measured, benchmark, weights_per_token
 from ggufkit.runtime.reference import ReferenceEngine
 
@@ -49,3 +53,37 @@ def test_mean_and_deviation_are_those_of_the_repeats():
 def test_what_cannot_be_measured_is_refused(gguf, asked):
     with pytest.raises(UsageError):
         benchmark(ReferenceEngine(gguf), gguf, **asked)
+
+
+class Copying(ReferenceEngine):
+    def copy_rate(self):
+        return 2e9
+
+
+def test_an_engine_that_can_says_how_fast_its_memory_is(gguf):
+    assert benchmark(ReferenceEngine(gguf), gguf, pp=(), tg=(1,), repeats=1).copy_rate is None
+    found = benchmark(Copying(gguf), gguf, pp=(), tg=(1,), repeats=1)
+    assert found.copy_rate == 2e9
+    written = io.StringIO()
+    text.report(console(written), "m.gguf", found)
+    assert "2.0 GB/s, read and written (100%)" in written.getvalue()
+    assert f"({found.tests[0].weight_rate / 2e9:.0%})" in written.getvalue()
+
+
+class Following(ReferenceEngine):
+    """Chooses the tokens that it says itself."""
+
+    def forward(self, ids, cache, **wanted):
+        assert cache.n_ctx == 1, "only the first token is timed this way"
+        return super().forward(ids, cache, **wanted)
+
+    def follow(self, token, cache, n, sampler):
+        for _ in range(n):
+            choice = sampler(super().forward([token], cache)[0])
+            token = choice.id
+            yield choice
+
+
+def test_an_engine_that_says_many_tokens_is_measured_saying_them(gguf):
+    found = benchmark(Following(gguf), gguf, pp=(), tg=(3,), repeats=2)
+    assert found.tests[0].rates[0] > 0

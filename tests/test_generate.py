@@ -111,6 +111,58 @@ def test_long_prompts_run_in_pieces(gguf):
     assert [n for n, _ in engine.calls] == [512, 512, 75, 1]
 
 
+class Following(ReferenceEngine):
+    """Says what `generate` asks for by itself, some tokens ahead of it."""
+
+    def __init__(self, gguf):
+        super().__init__(gguf)
+        self.taken = 0
+
+    def follow(self, token, cache, n, sampler):
+        start, said = cache.length, []
+        try:
+            for _ in range(n):
+                said.append(sampler(self.forward([token], cache)[0]))
+                token = said[-1].id
+                self.taken += 1
+                yield said[-1]
+        finally:
+            cache.length = start + len(said)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1.5, top_k=20, seed=3)], ids=str)
+@pytest.mark.parametrize("n_predict", [0, 1, 2, 9, None])
+def test_an_engine_that_follows_gives_the_same_answer(gguf, engine, params, n_predict):
+    following = Following(gguf)
+    expected = generate(engine, IDS, params, n_predict=n_predict, n_ctx=16).finish()
+    got = generate(following, IDS, params, n_predict=n_predict, n_ctx=16).finish()
+    assert (got.ids, got.stop, got.mean_logprob) == (expected.ids, expected.stop, expected.mean_logprob)
+    assert following.taken == max(len(got.ids) - 1, 0)
+
+
+def test_a_followed_answer_that_is_left_leaves_the_session_at_what_was_run(gguf, engine):
+    session = Session(Following(gguf), 64)
+    answer = generate(session.engine, IDS, n_predict=20, session=session)
+    said = [next(answer).id for _ in range(4)]
+    del answer
+    assert session.ids == [*IDS, *said[:3]]
+    assert session.cache.length == len(session.ids)
+    again = generate(session.engine, [*IDS, *said], n_predict=3, session=session).finish()
+    assert again.n_reused == len(IDS) + 3
+    assert again.ids == greedy(engine, [*IDS, *said], 3)
+
+
+def test_a_followed_answer_that_is_no_longer_finite_says_where(gguf):
+    engine = Following(gguf)
+    answer = generate(engine, IDS, n_predict=9, n_ctx=32)
+    next(answer)
+    with (
+        engine.patched(element_edits(gguf, "blk.0.attn_norm.weight", {0: float("nan")})),
+        pytest.raises(NotFinite, match="attn_norm-0"),
+    ):
+        next(answer)
+
+
 # --- sessions --------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,6 +25,14 @@ from ggufkit.runtime.sampling import Sampler
 _ID_ROWS = 256
 
 Progress = Callable[[str, int, int], None]
+
+
+@runtime_checkable
+class Copier(Protocol):
+    """An engine whose memory's rate can be measured, which is what the rate of reading weights is held against."""
+
+    def copy_rate(self) -> float:
+        """Bytes read and written a second by copying."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,7 @@ class Benchmark:
         token_bytes: bytes of weights in the file that one token needs: all of the layers, the head, one embedding row.
         load_seconds: to build the engine; None when somebody else did.
         first_token_seconds: from a prompt of one token to its logits, engine loaded and warm.
+        copy_rate: bytes read and written a second by copying in the device's memory; None where nobody measures it.
     """
 
     engine: str
@@ -69,6 +79,7 @@ class Benchmark:
     load_seconds: float | None
     first_token_seconds: float
     tests: tuple[Measured, ...]
+    copy_rate: float | None = None
 
 
 def benchmark(
@@ -101,7 +112,8 @@ def benchmark(
             rates = tuple(_rates(engine, f"{kind}{length}", length, run, repeats, progress))
             weight_rate = token_bytes * float(np.mean(rates)) if kind == "tg" else None
             tests.append(Measured(f"{kind}{length}", length, rates, weight_rate))
-    return Benchmark(engine.name, engine.device, token_bytes, load_seconds, first, tuple(tests))
+    copy_rate = engine.copy_rate() if isinstance(engine, Copier) else None
+    return Benchmark(engine.name, engine.device, token_bytes, load_seconds, first, tuple(tests), copy_rate)
 
 
 def weights_per_token(gguf: GGUF, engine: Engine) -> int:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ggufkit import gpu
 from ggufkit.arch import Config
 from ggufkit.errors import Unsupported
-from ggufkit.runtime.cuda.plan import GATES, Work
+from ggufkit.runtime.cuda.plan import GATES, Tables, Work
 from ggufkit.runtime.cuda.weights import DeviceWeights
 from ggufkit.steps import Tap
 
@@ -118,10 +118,13 @@ class Decoder:
         self._kernel = module.get_function("decode")
         self._kernel.max_dynamic_shared_size_bytes = self._shared
 
-    def prepare(self) -> None:
+    def lay_out(self) -> Tables:
+        """The plan's tables, which take the processor a moment; may run in a thread of its own."""
+        return self.work.tables(self._ring)
+
+    def prepare(self, tables: Tables) -> None:
         """Put the tables on the device."""
         cupy, config = self._cupy, self._config
-        tables = self.work.tables(self._ring)
         arrays = [cupy.asarray(table) for table in (tables.units, tables.lists, tables.spans, tables.tiles)]
         sizes = (
             config.q_width + 2 * config.kv_width,

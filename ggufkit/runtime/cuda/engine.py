@@ -32,6 +32,8 @@ from ggufkit.steps import Tap
 DTYPES = ("float16", "float32")
 #: tokens that `follow` launches and reads together: long enough to hide the launch, short enough to stream smoothly
 BURST = 8
+#: bytes of a copy that measures the memory, and how many are made after the first
+_COPIED, _COPIES = 1 << 30, 9
 #: launches so many tokens from a number on, given ids and log-probabilities: (first, count, ids, chances)
 Run = Callable[[int, int, Any, Any], None]
 
@@ -102,10 +104,11 @@ class CudaEngine:
         self._prompt = PromptRunner(self.config, self._weights, half=half)
         sizes = ((2, np.int32), (2, np.float32), (self.config.n_vocab, np.float32))
         self._one_token = tuple(self._cupy.empty(*size) for size in sizes)  # its id, log-probability and logits
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(3) as pool:
             compiling = [pool.submit(part.compile) for part in (self._decoder, self._prompt)]
+            tables = pool.submit(self._decoder.lay_out)
             self._weights.load(progress)
-            self._decoder.prepare()
+            self._decoder.prepare(tables.result())
             for compiled in compiling:
                 compiled.result()
 
@@ -213,6 +216,22 @@ class CudaEngine:
         event = self._cupy.cuda.Event(disable_timing=True)
         event.record()
         return event
+
+    def copy_rate(self) -> float:
+        """Bytes read and written a second by copying in the device's memory: the median of some large copies."""
+        cupy = self._cupy
+        with gpu.memory_for("a copy to measure the memory with"):
+            source, to = (cupy.empty(_COPIED, np.uint8) for _ in range(2))
+        source.data.memset(1, _COPIED)
+        seconds = []
+        for _ in range(_COPIES + 1):
+            start, end = cupy.cuda.Event(), cupy.cuda.Event()
+            start.record()
+            to.data.copy_from_device_async(source.data, _COPIED)
+            end.record()
+            end.synchronize()
+            seconds.append(cupy.cuda.get_elapsed_time(start, end) / 1000)
+        return float(2 * _COPIED / np.median(seconds[1:]))
 
     @contextmanager
     def patched(self, edits: Iterable[Edit]) -> Iterator[None]:

@@ -37,7 +37,7 @@ UNIT_BYTES = 4608
 MAX_CHUNKS_A_UNIT = 7
 GATES = 8
 MAX_SLICES = 8
-TAKES_PART, PAIRED = 1 << 16, 1 << 17  # of a span
+TAKES_PART, PAIRED, MINS = 1 << 16, 1 << 17, 1 << 18  # of a span
 LAST, EMPTY = 1 << 30, 1 << 31  # of a unit
 #: a unit says how many phases its warp skips before it, in 5 bits, so there is one at least every 32
 CHECKPOINT = 32
@@ -79,6 +79,9 @@ TILE_TYPES: dict[str, TileType] = {
         TileType("W8", 31, 128, 2560),
     )
 }
+
+
+_WITH_MINS = [TILE_TYPES[name].number for name in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +412,8 @@ def _deal(tiles: _Tiles, load: Ints, warps: int) -> _Phase:
     )
     pieces = np.bincount(tile[piece_begins], minlength=len(tiles.row))
     first_slot = slot[np.cumsum(tiles.n_chunks) - tiles.n_chunks]
-    flags = np.where(count > 0, TAKES_PART, 0) | (PAIRED if tiles.paired else 0)
+    with_mins = np.bincount(owner, np.isin(tiles.type, _WITH_MINS), n_blocks) > 0
+    flags = np.where(count > 0, TAKES_PART, 0) | np.where(with_mins, MINS, 0) | (PAIRED if tiles.paired else 0)
     return _Phase(
         spans=np.stack([np.cumsum(count) - count, count | flags, first_chunk, chunks], axis=1),
         tiles=np.stack([tiles.row, first_slot | pieces << 11 | tiles.valid << 22], axis=1),

@@ -34,7 +34,8 @@ Progress = Callable[[int, int], None]
 KERNELS = ("device.cuh", "tiles.cuh", "repack.cu")
 _THREADS = 6
 _BUFFERS = 16
-_PIECE = 1 << 20  # bytes of one read and one copy
+_PIECES = (1 << 20, 4 << 20)  # bytes of one read and one copy; of large models
+_LARGE = 2 << 30  # bytes of weights
 _STAGE = 64 << 20  # bytes of rows that are packed together
 _ALIGNMENT = 256
 _VECTOR_ALIGNMENT = 32  # floats
@@ -176,7 +177,7 @@ class DeviceWeights:
         total, done = sum(job.raw_bytes for job in jobs), 0
         with gpu.memory_for("a staging area for the weights"):
             stages = [self._cupy.empty(stage_bytes, self._cupy.uint8) for _ in batches[:2]]
-        with _Ferry(self._cupy) as ferry:
+        with _Ferry(self._cupy, _PIECES[total > _LARGE]) as ferry:
             for number, batch in enumerate(batches):
                 at = int(stages[number % 2].data.ptr)
                 starts = []
@@ -343,13 +344,14 @@ class DeviceWeights:
 class _Ferry:
     """Brings bytes to the device through page-locked buffers that several threads fill."""
 
-    def __init__(self, cupy: Any) -> None:
+    def __init__(self, cupy: Any, piece: int) -> None:
+        self._piece = piece
         self._runtime = cupy.cuda.runtime
         self._stream = cupy.cuda.get_current_stream()
         with gpu.memory_for("a buffer of page-locked memory"):
-            memory = cupy.cuda.alloc_pinned_memory(_BUFFERS * _PIECE)
-        whole = np.frombuffer(memory, np.uint8, _BUFFERS * _PIECE)
-        self._buffers = [whole[i * _PIECE : (i + 1) * _PIECE] for i in range(_BUFFERS)]
+            memory = cupy.cuda.alloc_pinned_memory(_BUFFERS * piece)
+        whole = np.frombuffer(memory, np.uint8, _BUFFERS * piece)
+        self._buffers = [whole[i * piece : (i + 1) * piece] for i in range(_BUFFERS)]
         self._copied = [cupy.cuda.Event(disable_timing=True) for _ in range(_BUFFERS)]
         self._waiting: deque[tuple[int, Future[None], int, int]] = deque()
         self._next = 0
@@ -363,8 +365,8 @@ class _Ferry:
 
     def carry_file(self, gguf: GGUF, tensor: Tensor, start: int, count: int, to: int) -> None:
         """Start bringing packed bytes of a tensor to the device address `to`."""
-        for at in range(0, count, _PIECE):
-            size = min(_PIECE, count - at)
+        for at in range(0, count, self._piece):
+            size = min(self._piece, count - at)
 
             def fill(buffer: Bytes, at: int = at) -> None:
                 gguf.read_into(tensor, buffer.data, start + at)
@@ -373,8 +375,8 @@ class _Ferry:
 
     def carry(self, data: Bytes, to: int) -> None:
         """Start bringing bytes of this machine's memory to the device address `to`."""
-        for at in range(0, data.size, _PIECE):
-            size = min(_PIECE, data.size - at)
+        for at in range(0, data.size, self._piece):
+            size = min(self._piece, data.size - at)
 
             def fill(buffer: Bytes, at: int = at) -> None:
                 buffer[:] = data[at : at + buffer.size]

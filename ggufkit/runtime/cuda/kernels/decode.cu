@@ -70,6 +70,7 @@ struct Span {  // what one block does in one phase
     DEVICE int tiles() const { return raw.y & 0xffff; }
     DEVICE bool takes_part() const { return raw.y >> 16 & 1; }
     DEVICE bool paired() const { return raw.y >> 17 & 1; }  // gate and up rows share tiles
+    DEVICE bool mins() const { return raw.y >> 18 & 1; }    // some tile's type has them
     DEVICE int first_chunk() const { return raw.z; }        // of the input vector, 128 columns each
     DEVICE int chunks() const { return raw.w; }
 };
@@ -94,7 +95,7 @@ struct Unit {  // some chunks of one tile
 struct Shared {
     u8* ring;
     Vector x;
-    float *red, *residual1, *residual2, *squares, *q, *k, *v, *merge;
+    float *red, *residual1, *residual2, *squares, *q, *k, *v, *merge, *rms;
     u64* gates;
     Plan* plan;
     u32* used;  // units that each warp is done with
@@ -118,13 +119,18 @@ DEVICE Shared shared_at(u8* at) {
     s.q = f, f += HEAD_DIM;
     s.k = f, f += HEAD_DIM;
     s.v = f, f += HEAD_DIM;
-    s.merge = f, f += WARPS * (HEAD_DIM + 2) + 8;
+    s.merge = f, f += WARPS * (HEAD_DIM + 2);
+    s.rms = f, f += 8;
     s.used = (u32*)f, f += WARPS;
     s.squares = f;
     return s;
 }
 
 DEVICE void sync_workers() { sync_first(THREADS); }
+
+DEVICE float4 times(float4 a, float4 b) { return {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w}; }
+DEVICE float4 plus(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
+DEVICE float squares(float4 a) { return a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w; }
 
 // --- words between blocks ------------------------------------------------------------------------------------------
 
@@ -144,6 +150,24 @@ DEVICE float4 take4(const uint2* from, u32 epoch) {
     uint4 a = peek_words(from), b = peek_words(from + 2);
     while (a.y != epoch || a.w != epoch || b.y != epoch || b.w != epoch) a = peek_words(from), b = peek_words(from + 2);
     return {bits_float(a.x), bits_float(a.z), bits_float(b.x), bits_float(b.z)};
+}
+
+// The sum of SLICES vectors, N_EMBD apart, in order; two of them are waited for at once.
+DEVICE float4 take_slices(const uint2* from, u32 epoch) {
+    float4 sum;
+#pragma unroll
+    for (int slice = 0; slice < SLICES; slice += 2) {
+        const uint2 *one = from + slice * N_EMBD, *two = slice + 1 < SLICES ? one + N_EMBD : one;
+        uint4 a, b, c, d;
+        do {
+            a = peek_words(one), b = peek_words(one + 2), c = peek_words(two), d = peek_words(two + 2);
+        } while (a.y != epoch || a.w != epoch || b.y != epoch || b.w != epoch || c.y != epoch || c.w != epoch ||
+                 d.y != epoch || d.w != epoch);
+        const float4 x = {bits_float(a.x), bits_float(a.z), bits_float(b.x), bits_float(b.z)};
+        sum = slice ? plus(sum, x) : x;
+        if (slice + 1 < SLICES) sum = plus(sum, {bits_float(c.x), bits_float(c.z), bits_float(d.x), bits_float(d.z)});
+    }
+    return sum;
 }
 
 DEVICE void give(uint2* to, float value, u32 epoch) { put_word(to, __float_as_uint(value), epoch); }
@@ -278,12 +302,12 @@ DEVICE Tile tile_at(const Plan& plan, const Span& span, int index) {
 DEVICE float row_sum(const Shared& s, const Tile& tile, int row) {
     const float* at = s.red + tile.slot() * 16 + row;
     float sum = at[0];
-#pragma unroll 1
+#pragma unroll 4
     for (int i = 1; i < tile.pieces(); i++) sum += at[i * 16];
     return sum;
 }
 
-// 1 / sqrt(mean(x²) + eps) from the sums that the warps left; every lane works it out for itself.
+// 1 / sqrt(mean(x²) + eps) from the sums that the warps left.
 DEVICE float inverse_rms(const Shared& s, int lane) {
     constexpr int chunks = CHUNKS_OF(N_EMBD);
     constexpr int span = chunks > 16 ? 32 : chunks > 8 ? 16 : chunks > 4 ? 8 : 4;
@@ -294,10 +318,6 @@ DEVICE float inverse_rms(const Shared& s, int lane) {
     for (int step = span / 2; step; step >>= 1) sum += __shfl_xor_sync(FULL, sum, step);
     return rsqrtf(sum * (1.0f / N_EMBD) + NORM_EPS);
 }
-
-DEVICE float4 times(float4 a, float4 b) { return {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w}; }
-DEVICE float4 plus(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
-DEVICE float squares(float4 a) { return a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w; }
 
 // --- attention -----------------------------------------------------------------------------------------------------
 
@@ -595,11 +615,7 @@ struct Block {
         if (phase == QKV && n == 0) return *(const float4*)(s.residual1 + column);  // the embedding
         if (phase == OUT && splits > 1) return take_stretches(plan, column, splits, epoch);
         const uint2* from = source(phase, column);
-        float4 x = take4(from, after_down ? epoch - 1 : epoch);
-        if (after_down)  // the slices, of which the first contains x1
-#pragma unroll 1
-            for (int slice = 1; slice < SLICES; slice++) x = plus(x, take4(from + slice * N_EMBD, epoch - 1));
-        return x;
+        return after_down ? take_slices(from, epoch - 1) : take4(from, epoch);  // the first slice contains x1
     }
 
     // The norm's factor is left out here; it is applied to the rows.
@@ -623,7 +639,7 @@ struct Block {
                 if (normed) *(float4*)(residual + column) = x;
                 if (trace && leads && phase == OUT) *(float4*)(traced() + T_KQV + column) = x;
             }
-            write_digits(s.x, chunk, times(x, w), lane);
+            write_digits(s.x, chunk, times(x, w), lane, span.mins());
             if (!normed) continue;
             const float sum = warp_sum(squares(x));
             if (lane == 0) s.squares[chunk] = sum;
@@ -749,8 +765,13 @@ decode(const Plan* plan_at, Cached* keys, Cached* values, int n_ctx, int positio
             if (!stream.idle) stream.expect();
             sync_workers();
             run_units(stream, s, lane);
-            block.rms = phase == OUT || phase == DOWN ? 1.0f : inverse_rms(s, lane);
+            const bool normed = phase != OUT && phase != DOWN;
+            if (normed && warp == WARPS - 1) {  // which never has more to multiply than the others
+                const float rms = inverse_rms(s, lane);
+                if (lane == 0) *s.rms = rms;
+            }
             sync_workers();
+            block.rms = normed ? *s.rms : 1.0f;
             if (head)
                 block.finish();
             else

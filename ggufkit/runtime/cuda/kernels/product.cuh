@@ -65,8 +65,9 @@ DEVICE u32 low_bytes(int x0, int x1, int x2, int x3) {
     return __byte_perm(__byte_perm(x0, x1, 0x0040), __byte_perm(x2, x3, 0x0040), 0x5410);
 }
 
-// A warp writes 128 columns of the vector: lane i brings the columns 4i .. 4i+3 of chunk `chunk`.
-DEVICE void write_digits(const Vector& v, int chunk, float4 x, int lane) {
+// A warp writes 128 columns of the vector: lane i brings the columns 4i .. 4i+3 of chunk `chunk`. Without `mins` nobody who
+// multiplies asks for the sums.
+DEVICE void write_digits(const Vector& v, int chunk, float4 x, int lane, bool mins = true) {
     if (HAS_FLOATS) *(float4*)(v.plain + chunk * 128 + lane * 4) = x;
     const u32 most = warp_max(max(max(__float_as_uint(x.x) & 0x7fffffffu, __float_as_uint(x.y) & 0x7fffffffu),
                                   max(__float_as_uint(x.z) & 0x7fffffffu, __float_as_uint(x.w) & 0x7fffffffu)));
@@ -86,7 +87,7 @@ DEVICE void write_digits(const Vector& v, int chunk, float4 x, int lane) {
         x0 = (x0 + 128) >> 8, x1 = (x1 + 128) >> 8, x2 = (x2 + 128) >> 8, x3 = (x3 + 128) >> 8;
     }
     if (lane == 0) v.scale[chunk] = finite ? bits_float((exponent - 21) << 23) : bits_float(0x7fc00000u);
-    if (!HAS_MINS) return;
+    if (!HAS_MINS || !mins) return;
 #pragma unroll
     for (int digit = 0; digit < 3; digit++) {
         sums[digit] += __shfl_xor_sync(FULL, sums[digit], 1);
