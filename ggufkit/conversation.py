@@ -27,17 +27,19 @@ _EQUAL = 1e-4  # a log-probability this near to that of a uniform choice is one
 Message = dict[str, str]  # `role` and `content`, as templates know them
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Words:
     """A file's way from messages to token ids.
 
     Attributes:
         templated: whether the chat template is used; without it the messages' contents are joined as they are.
+        last: what was rendered last, which takes a process of its own: somebody may have done it ahead.
     """
 
     tokenizer: Tokenizer
     metadata: Mapping[str, Any]
     templated: bool
+    last: tuple[Sequence[Message], str] | None = None
 
     @classmethod
     def of(cls, gguf: GGUF, *, raw: bool = False) -> Words:
@@ -56,8 +58,12 @@ class Words:
             TemplateError: the template is damaged.
             UsageError: it refuses the messages.
         """
+        if self.last is not None and self.last[0] == messages:
+            return self.last[1]
         rendered = chat.format_turns(self.metadata, self.tokenizer, messages) if self.templated else None
-        return "".join(message["content"] for message in messages) if rendered is None else rendered
+        text = "".join(message["content"] for message in messages) if rendered is None else rendered
+        self.last = ([dict(message) for message in messages], text)
+        return text
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,8 @@ from ggufkit.errors import DeviceError
 #: the oldest compute capability that the kernels are written for (integer tensor cores), as 10 · major + minor
 OLDEST = 75
 
-#: bytes of arrays that are read back into page-locked memory
-_PINNED_LEAST, _PINNED_MOST = 64 << 10, 256 << 20
+#: bytes of arrays that are read back into page-locked memory, and what their sizes are rounded up to, to be kept
+_PINNED_LEAST, _PINNED_MOST, _PINNED_STEP = 64 << 10, 256 << 20, 16 << 20
 
 _HERE = Path(__file__).parent
 _FOLDERS = (_HERE / "runtime" / "cuda" / "kernels", _HERE / "quants" / "cuda")
@@ -185,7 +185,8 @@ def to_host(array: Any) -> Any:
     cupy = library()
     if not _PINNED_LEAST <= array.nbytes <= _PINNED_MOST:
         return array.get()
-    memory = cupy.cuda.alloc_pinned_memory(1 << (array.nbytes - 1).bit_length())
+    unit = min(1 << (array.nbytes - 1).bit_length(), _PINNED_STEP)
+    memory = cupy.cuda.alloc_pinned_memory(-(-array.nbytes // unit) * unit)
     host = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
     return array.get(out=host)
 

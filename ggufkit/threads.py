@@ -6,7 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
-_MOST = 16
+_MOST = 8
 
 
 @cache

@@ -65,11 +65,14 @@ PLACES = [
 
 @pytest.fixture(params=PLACES)
 def place(request, monkeypatch) -> Iterator[str]:
-    """With a GPU, or what looks like one."""
+    """With a GPU, or what looks like one; and every prompt run as one, however short."""
+    from ggufkit.runtime.cuda import decode
+    from ggufkit.runtime.cuda import engine as engines
+
+    monkeypatch.setattr(engines, "FEW_BYTES", 0)
     if request.param == "gpu":
         yield "gpu"
         return
-    from ggufkit.runtime.cuda import decode
 
     monkeypatch.setattr(decode, "WARPS", 4)
     with cupy_on_cpu.emulated(monkeypatch, Path(request.config.cache.mkdir("cuda_emulation"))):
@@ -156,6 +159,20 @@ def test_a_prompt_is_its_tokens_one_by_one(tmp_path, place, dtype):
     together, cache = engine.forward(IDS[:6], engine.new_cache(8), logits="all"), engine.new_cache(8)
     alone = np.concatenate([engine.forward([token], cache) for token in IDS[:6]])
     np.testing.assert_allclose(alone, together, atol=(1e-4 if dtype == "float32" else 0.1))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "tied"])
+def test_a_short_prompt_may_go_through_the_decoding_kernel(tmp_path, place, monkeypatch, name):
+    from ggufkit.runtime.cuda import engine as engines
+
+    model = make(tmp_path, name)
+    engine, reference = engine_of(model), ReferenceEngine(model)
+    cache, kept = engine.new_cache(16), reference.new_cache(16)
+    monkeypatch.setattr(engines, "FEW_BYTES", 1 << 40)
+    for part in (IDS[:1], IDS[1:6], IDS[6:8]):
+        expected = reference.forward(part, kept)
+        np.testing.assert_allclose(engine.forward(part, cache), expected, atol=1e-4)
+        assert cache.length == kept.length
 
 
 def test_two_runs_agree_in_every_bit(tmp_path, place):

@@ -81,7 +81,14 @@ class Running:
         probes: name → `value`, `limit` (None where nothing is judged) and `text`, for the report.
     """
 
-    def __init__(self, context: Context, engine: Engine, words: Words, request: RunRequest) -> None:
+    def __init__(
+        self,
+        context: Context,
+        engine: Engine,
+        words: Words,
+        request: RunRequest,
+        judging: Future[tuple[Engine, Logits]] | None = None,
+    ) -> None:
         self.context = context
         self.gguf = context.gguf
         self.engine = engine
@@ -89,7 +96,7 @@ class Running:
         self.request = request
         self.probes: dict[str, dict[str, Any]] = {}
 
-        self._judging = _in_background(self._judge) if engine.name == "cuda" else None
+        self._judging = judging
 
     def finish(self) -> None:
         """Wait for what is still computing: the file is closed after this."""
@@ -99,17 +106,9 @@ class Running:
     @cached_property
     def judged(self) -> tuple[Engine, Logits]:
         """An engine that is trusted, and its logits at the first `COMPARED` positions of the prose."""
-        return self._judge() if self._judging is None else self._judging.result()
-
-    def _judge(self) -> tuple[Engine, Logits]:
-        """By the reference, which for itself is computed in double precision. Weights are decoded and dropped again."""
-        from ggufkit.runtime.reference import ReferenceEngine
-        from ggufkit.runtime.weights import Weights
-
-        itself = self.engine.name == "reference"
-        weights = Weights(self.gguf, keep=itself)
-        other = ReferenceEngine(self.gguf, np.float64 if itself else np.float32, weights=weights)
-        return other, probes.all_logits(other, self.ids[:COMPARED])
+        if self._judging is not None:
+            return self._judging.result()
+        return _judge(self.gguf, self.ids[:COMPARED], itself=self.engine.name == "reference")
 
     def note(self, name: str, value: object, text: str, limit: object = None) -> None:
         """Put a number into the report."""
@@ -175,7 +174,7 @@ def begin(context: Context, request: RunRequest) -> Future[Running | None] | Non
     """
     if request.device not in ("auto", "cuda") or _lacking(context):
         return None
-    return _in_background(lambda: _load(context, request) if gpu.usable() else None)
+    return _in_background(lambda: _load(context, request, ahead=True) if gpu.usable() else None)
 
 
 def start(
@@ -203,9 +202,26 @@ def start(
     return None
 
 
-def _load(context: Context, request: RunRequest) -> Running:
-    words = Words.of(context.gguf)
-    return Running(context, load(_with_biases(context), request.device), words, request)
+def _load(context: Context, request: RunRequest, *, ahead: bool = False) -> Running:
+    """With `ahead`, the reference begins to compute, too: it needs the processor, the engine only the GPU."""
+    words, gguf = Words.of(context.gguf), _with_biases(context)
+    ids = words.tokenizer.encode(texts.SHORT_PROSE)[:COMPARED]
+    judging = _in_background(lambda: _judge(gguf, ids)) if ahead else None
+    try:
+        return Running(context, load(gguf, request.device), words, request, judging)
+    except BaseException:
+        wait([judging] if judging else [])  # the file is closed after this
+        raise
+
+
+def _judge(gguf: GGUF, ids: Sequence[int], *, itself: bool = False) -> tuple[Engine, Logits]:
+    """The reference and its logits, which for itself are computed in double precision."""
+    from ggufkit.runtime.reference import ReferenceEngine
+    from ggufkit.runtime.weights import Weights
+
+    weights = Weights(gguf, keep=itself, reuse=not itself)
+    other = ReferenceEngine(gguf, np.float64 if itself else np.float32, weights=weights)
+    return other, probes.all_logits(other, ids)
 
 
 def _in_background(function: Callable[[], T]) -> Future[T]:

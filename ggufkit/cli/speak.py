@@ -33,7 +33,7 @@ from ggufkit.errors import GgufkitError, UsageError
 
 if TYPE_CHECKING:
     from ggufkit.container import GGUF
-    from ggufkit.conversation import Conversation, Reply, Words
+    from ggufkit.conversation import Conversation, Message, Reply, Words
 
 _CHAT_HELP = "/exit or Ctrl-D ends, Ctrl-C stops an answer, /clear forgets what was said"
 
@@ -69,10 +69,10 @@ def run(
     limit = MOST_TOKENS if n_predict is None else n_predict
     with reader.open(source) as gguf:
         with ThreadPoolExecutor(1) as pool:
-            reading = pool.submit(_words, gguf, raw)
+            reading = pool.submit(_words, gguf, raw, system, None if chatting else text)
             engine = load_engine(gguf, device, dtype)
-            words = reading.result()
-        talk = Conversation(engine, words, params, n_ctx=ctx, n_predict=limit, messages=first_messages(words, system))
+            words, before = reading.result()
+        talk = Conversation(engine, words, params, n_ctx=ctx, n_predict=limit, messages=before)
         if not words.templated and not raw:
             note("the file has no chat template: the prompt is taken as it is")
         if chatting:
@@ -82,13 +82,14 @@ def run(
         return _stream(talk, talk.say(text))
 
 
-def _words(gguf: GGUF, raw: bool) -> Words:
-    """The file's words, with all that is only built when something is encoded."""
-    from ggufkit.conversation import Words
+def _words(gguf: GGUF, raw: bool, system: str | None, prompt: str | None) -> tuple[Words, list[Message]]:
+    """The file's words and the messages that come first, with what a first turn takes done ahead."""
+    from ggufkit.conversation import Words, message
 
     words = Words.of(gguf, raw=raw)
-    words.tokenizer.encode("?")
-    return words
+    before = first_messages(words, system)
+    words.tokenizer.encode("?" if prompt is None else words.render([*before, message("user", prompt)]))
+    return words, before
 
 
 def _document(talk: Conversation, text: str, source: str) -> int:

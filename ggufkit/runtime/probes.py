@@ -29,7 +29,7 @@ from ggufkit.steps import Array, Watch, future_keys
 from ggufkit.threads import pool
 
 _CHUNK = 128  # positions whose logits are looked at together: 78 MB at 152k tokens
-_ROWS = 8  # positions whose distributions are looked at together: 5 MB at 152k tokens
+_ROWS = 8  # positions whose distributions are looked at together by one thread
 
 
 def chunks(engine: Engine, ids: Sequence[int], size: int = _CHUNK) -> Iterator[tuple[int, Logits]]:
@@ -41,7 +41,8 @@ def chunks(engine: Engine, ids: Sequence[int], size: int = _CHUNK) -> Iterator[t
 
 def all_logits(engine: Engine, ids: Sequence[int]) -> Logits:
     """The logits at all positions, float32 [T, V]. Mind the size: 156 MB for 256 positions of 152k tokens."""
-    return np.concatenate([logits for _, logits in chunks(engine, ids)])
+    made = [logits for _, logits in chunks(engine, ids)]
+    return made[0] if len(made) == 1 else np.concatenate(made)
 
 
 # --- soundness -------------------------------------------------------------------------------------------------
@@ -373,14 +374,13 @@ def _kl(a: Logits, b: Logits) -> NDArray[np.float64]:
     """KL divergence of softmax(b) from softmax(a), for each row, in nats; float64 throughout, for it may be 1e-12."""
     usable = _finite_rows(b)
     with np.errstate(invalid="ignore", over="ignore"):
-        p, q = (_log_softmax(x.astype(np.float64)) for x in (a, np.where(usable[:, None], b, 0)))
-        kl = np.sum(np.exp(p) * (p - q), axis=-1)
+        p, q = a.astype(np.float64), b.astype(np.float64)
+        q[~usable] = 0
+        for x in (p, q):
+            x -= log_sum_exp(x)[:, None]
+        np.subtract(p, q, out=q)
+        kl = np.einsum("tv,tv->t", np.exp(p, out=p), q)
     return np.where(usable, np.maximum(kl, 0), np.inf)
-
-
-def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = logits - log_sum_exp(logits)[:, None]
-    return found
 
 
 def _finite_rows(logits: Logits) -> NDArray[np.bool_]:

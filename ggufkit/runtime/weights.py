@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,7 +12,6 @@ from ggufkit import quants
 from ggufkit.container import GGUF, Tensor
 from ggufkit.errors import UsageError
 from ggufkit.runtime.engine import Edit, apply_edits
-from ggufkit.threads import pool
 
 Floats = NDArray[np.float32]
 
@@ -21,8 +19,6 @@ Floats = NDArray[np.float32]
 KEEP_BYTES = 6 << 30
 #: bytes of float32 from which on compiled kernels are worth their compiling, however small each tensor is
 _LARGE = 256 << 20
-#: elements that one thread unpacks at a time
-_PIECE = 1 << 20
 
 
 class Weights:
@@ -31,13 +27,17 @@ class Weights:
     Args:
         gguf: stays open as long as this is used.
         keep: keep what was dequantized; by default when the whole model stays below `KEEP_BYTES`.
+        reuse: dequantize each tensor to where the last one of its shape was, for those who are done with it by then:
+            half of the time goes into memory that is touched for the first time.
     """
 
-    def __init__(self, gguf: GGUF, *, keep: bool | None = None) -> None:
+    def __init__(self, gguf: GGUF, *, keep: bool | None = None, reuse: bool = False) -> None:
         self.gguf = gguf
         total = 4 * sum(tensor.n_elements for tensor in gguf.tensors.values())
         self._keep = total <= KEEP_BYTES if keep is None else keep
         self._large = total > _LARGE
+        self._reuse = reuse
+        self._buffers: dict[tuple[int, ...], Floats] = {}
         self._kept: dict[str, Floats] = {}
         self._edits: dict[str, list[Edit]] = {}
 
@@ -49,7 +49,8 @@ class Weights:
         if name in self._kept:
             return self._kept[name]
         tensor = self.gguf.tensor(name)
-        values = self._decode(name, 0, tensor.n_rows).reshape(tensor.shape)
+        out = self._buffer((tensor.n_rows, tensor.dims[0])) if self._reuse else None
+        values = self._decode(name, 0, tensor.n_rows, out).reshape(tensor.shape)
         if self._keep:
             self._kept[name] = values
         return values
@@ -102,27 +103,16 @@ class Weights:
                 self._kept.pop(name, None)
             self._kept.update(kept)
 
-    def _decode(self, name: str, first_row: int, n_rows: int) -> Floats:
-        """Some rows, in threads where there are many: NumPy unpacks without a lock."""
+    def _decode(self, name: str, first_row: int, n_rows: int, out: Floats | None = None) -> Floats:
         tensor = self.gguf.tensor(name)
         assert tensor.type is not None  # read() has refused unknown types
         if self._large and tensor.type.is_block:
             quants.get_ready(tensor.type)
-        if (step := max(_PIECE // max(tensor.dims[0], 1), 1)) >= n_rows:
-            return self._decode_piece(tensor, first_row, n_rows)
-        values = np.empty((n_rows, tensor.dims[0]), np.float32)
-
-        def fill(start: int) -> None:
-            count = min(step, n_rows - start)
-            self._decode_piece(tensor, first_row + start, count, values[start : start + count])
-
-        deque(pool().map(fill, range(0, n_rows, step)), maxlen=0)
-        return values
-
-    def _decode_piece(self, tensor: Tensor, first_row: int, n_rows: int, out: Floats | None = None) -> Floats:
-        assert tensor.type is not None  # read() has refused unknown types
-        raw = self.packed_rows(tensor.name, first_row, n_rows)
+        raw = self.packed_rows(name, first_row, n_rows)
         return quants.dequantize(tensor.type, raw, byteorder=self.gguf.byteorder, out=out)
+
+    def _buffer(self, shape: tuple[int, ...]) -> Floats:
+        return self._buffers.setdefault(shape, np.empty(shape, np.float32))
 
 
 def edits_within(edits: Iterable[Edit], start: int, count: int) -> Iterator[Edit]:

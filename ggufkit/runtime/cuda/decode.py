@@ -158,17 +158,18 @@ class Decoder:
         logits: Any = None,
         trace: Any = None,
         scores: Any = None,
+        n_given: int = 1,
     ) -> None:
         """Launch `n_tokens` tokens after what the cache holds; the cache's length grows.
 
         Args:
-            ids: int32 [n_tokens + 1] on the device; the first is given, the others are written.
+            ids: int32 [n_tokens + 1] on the device; the first `n_given` are given, the others are written.
             chances: float32 [n_tokens + 1], the log-probabilities of the ids written.
             logits: float32 [V] for the last token's, or None.
         """
-        numbers = (np.int32(cache.n_ctx), np.int32(cache.length), np.int32(n_tokens), np.uint32(self._epoch))
+        sizes = (np.int32(number) for number in (cache.n_ctx, cache.length, n_tokens, n_given))
         optional = (0 if array is None else array for array in (logits, trace, scores))
-        arguments = (self._plan, cache.k, cache.v, *numbers, ids, chances, *optional)
+        arguments = (self._plan, cache.k, cache.v, *sizes, np.uint32(self._epoch), ids, chances, *optional)
         self._kernel((self._n_blocks,), (self._threads,), arguments, shared_mem=self._shared)
         self._epoch += n_tokens * (self._config.n_layer + 1)
         cache.length += n_tokens

@@ -32,6 +32,9 @@ from ggufkit.steps import Tap
 DTYPES = ("float16", "float32")
 #: tokens that `follow` launches and reads together: long enough to hide the launch, short enough to stream smoothly
 BURST = 8
+#: a prompt for which the decoding kernel reads at most so many bytes of weights goes through it: that takes less time
+#: than to widen all weights once and to load cuBLAS
+FEW_BYTES = 20 * 10**9
 #: bytes of a copy that measures the memory, and how many are made after the first
 _COPIED, _COPIES = 1 << 30, 9
 #: launches so many tokens from a number on, given ids and log-probabilities: (first, count, ids, chances)
@@ -104,13 +107,13 @@ class CudaEngine:
         self._prompt = PromptRunner(self.config, self._weights, half=half)
         sizes = ((2, np.int32), (2, np.float32), (self.config.n_vocab, np.float32))
         self._one_token = tuple(self._cupy.empty(*size) for size in sizes)  # its id, log-probability and logits
-        with ThreadPoolExecutor(3) as pool:
-            compiling = [pool.submit(part.compile) for part in (self._decoder, self._prompt)]
-            tables = pool.submit(self._decoder.lay_out)
-            self._weights.load(progress)
-            self._decoder.prepare(tables.result())
-            for compiled in compiling:
-                compiled.result()
+        pool = ThreadPoolExecutor(3)
+        compiling, tables = pool.submit(self._decoder.compile), pool.submit(self._decoder.lay_out)
+        self._prompt.begin(pool)
+        pool.shutdown(wait=False)
+        self._weights.load(progress)
+        self._decoder.prepare(tables.result())
+        compiling.result()
 
     def new_cache(self, n_ctx: int) -> CudaCache:
         cache = CudaCache(self.config, n_ctx, self.dtype.name)
@@ -125,6 +128,8 @@ class CudaEngine:
         check_ids(ids, cache, self.config)
         if len(ids) == 1:
             return self._one(int(ids[0]), cache, tap)
+        if logits == "last" and tap is None and len(ids) * self._weights.nbytes <= FEW_BYTES:
+            return self._few(ids, cache)
         device_ids = self._cupy.asarray(np.asarray(ids, np.int32))
         step = CHUNK if tap is None else len(ids)  # a tap sees all positions of a call at once
         made = []
@@ -254,6 +259,14 @@ class CudaEngine:
             self._decoder.run(cache, 1, ids, chances, logits)
         else:
             self._decoder.traced(cache, ids, chances, logits, tap)
+        return gpu.to_host(logits)[None]
+
+    def _few(self, ids: Sequence[int], cache: CudaCache) -> Logits:
+        """A few tokens through the decoding kernel; the logits of the last, [1, V]."""
+        n, cupy = len(ids), self._cupy
+        device_ids, chances = cupy.asarray(np.array([*ids, 0], np.int32)), cupy.empty(n + 1, np.float32)
+        logits = self._one_token[2]
+        self._decoder.run(cache, n, device_ids, chances, logits, n_given=n)
         return gpu.to_host(logits)[None]
 
     def _show_ends(self, tap: Tap, normed: Any, result: Any) -> None:

@@ -8,6 +8,7 @@ float32. Long prompts are run in chunks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,13 +93,18 @@ class PromptRunner:
         self._last_room: _Room | None = None
         self._buffer: _Wide | None = None
         self._stale = True
+        self._functions: dict[str, Any] = {}
+        self._compiling: Future[None] | None = None
         self._tiled = half and config.head_dim % 16 == 0 and config.head_dim <= 128
 
+    def begin(self, pool: Executor) -> None:
+        """Start to compile in another thread; the first prompt waits for it."""
+        self._compiling = pool.submit(self.compile)
+
     def compile(self) -> None:
-        """Compile the kernels, or load them from CuPy's cache, and load cuBLAS; may run in a thread of its own."""
+        """Compile the kernels, or load them from CuPy's cache, and load cuBLAS."""
         self._cublas, self._handle = gpu.blas()
         self._module = gpu.compile_module(KERNELS, self._macros)
-        self._functions: dict[str, Any] = {}
 
     def forget(self) -> None:
         """The packed weights have changed: what was widened from them is no longer true."""
@@ -339,6 +345,8 @@ class PromptRunner:
     def _launch(self, name: str, grid: tuple[int, ...], threads: int, *arguments: Any, shared: int = 0) -> None:
         function = self._functions.get(name)
         if function is None:
+            if self._compiling is not None:
+                self._compiling.result()
             function = self._functions[name] = self._module.get_function(name)
         given = tuple(0 if argument is None else argument for argument in arguments)
         function(grid, (threads,), given, shared_mem=shared)

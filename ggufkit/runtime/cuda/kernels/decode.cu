@@ -552,7 +552,7 @@ struct Block {
     const Plan& plan;
     const Shared& s;
     Cached *keys, *values;
-    int n_ctx, position, n;  // n: the layer
+    int n_ctx, position, n_given, n;  // n: the layer
     int splits, length;      // stretches of the keys, and keys in each
     u32 epoch;
     float *trace, *scores;  // of the whole token, or null
@@ -580,13 +580,14 @@ struct Block {
             bias = vectors()[V_BIAS + tile.row() + threadIdx.x % TILE_ROWS];
     }
 
-    // The token at step `at` of this launch: the given one, or what the previous head found.
+    // The token at step `at` of this launch: a given one, or what the previous head found. All wait for that head in either case:
+    // nobody begins a token before everybody has read the last vector of the one before.
     DEVICE int token(int at) const {
         if (at == 0) return ids[0];
         if (warp == 0) {
             const Best best = take_best(plan, epoch - 1, lane);
-            if (lane == 0) s.merge[0] = __int_as_float(best.index);
-            if (lane == 0 && leads) ids[at] = best.index, chances[at] = -logf(best.sum);
+            if (lane == 0) s.merge[0] = __int_as_float(at < n_given ? ids[at] : best.index);
+            if (lane == 0 && leads && at >= n_given) ids[at] = best.index, chances[at] = -logf(best.sum);
         }
         sync_workers();
         return __float_as_int(s.merge[0]);
@@ -721,12 +722,12 @@ struct Block {
     }
 };
 
-// ids[i] is the token at `position` + i; ids[0] is given, ids[1] … ids[n_tokens] are written: the index of the largest
-// logit; `chances` gets the log-probability of each. `logits` (the last token's stay), `trace` and `scores` (which ask
+// ids[i] is the token at `position` + i; the first `n_given` are given, the others up to ids[n_tokens] are written: the index
+// of the largest logit; `chances` gets the log-probability of each of these. `logits` (the last token's stay), `trace` and `scores` (which ask
 // for n_tokens = 1) may be null. `epoch` is 1 at the first launch and grows by n_tokens · (N_LAYER + 1).
 extern "C" __global__ void __launch_bounds__(THREADS + (COURIER ? 32 : 0), 1)
-decode(const Plan* plan_at, Cached* keys, Cached* values, int n_ctx, int position, int n_tokens, u32 epoch, int* ids,
-       float* chances, float* logits, float* trace, float* scores) {
+decode(const Plan* plan_at, Cached* keys, Cached* values, int n_ctx, int position, int n_tokens, int n_given, u32 epoch,
+       int* ids, float* chances, float* logits, float* trace, float* scores) {
     SHARED_BYTES(memory);
     const Shared s = shared_at(memory);
     const Plan& plan = *s.plan;  // kept at hand: registers are scarce
@@ -746,7 +747,7 @@ decode(const Plan* plan_at, Cached* keys, Cached* values, int n_ctx, int positio
     stream.open(s, warp);
     Span coming;
     coming.raw = plan.spans[blockIdx.x];
-    Block block = {plan, s, keys, values, n_ctx, position, 0, 1, 0, epoch, trace, scores, ids, chances, logits, warp, lane,
+    Block block = {plan, s, keys, values, n_ctx, position, n_given, 0, 1, 0, epoch, trace, scores, ids, chances, logits, warp, lane,
                    blockIdx.x == 0, coming, {}, 0, 0};
     for (int at = 0; at < n_tokens; at++, block.position++) {
         const int n_keys = block.position + 1, wanted = min((n_keys + KEYS_A_SPLIT - 1) / KEYS_A_SPLIT, MAX_SPLITS);
